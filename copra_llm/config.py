@@ -1,0 +1,289 @@
+"""What can be set for a run, in which unit, and how do YAML and command line combine?
+
+    defaults  <  --config FILE (flat YAML, the flags' names)  <  --key value
+
+Each group of settings is a frozen dataclass owned by the part that reads it. The flags bear the names that
+users of transformers, PEFT and TRL know; a hyphen for an underscore is accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from copra_llm.errors import InputError, nearest
+from copra_llm.schedule import METHODS, Schedule
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field whose help text serves both `--help` and the reader."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    model_name_or_path: str = setting("minilm", "Hub id, folder, .gguf file, or a packaged model: minilm, smollm2.")
+    dtype: str = setting("float32", "Type the frozen base is loaded in: float32, bfloat16 or float16.")
+    attn_implementation: str | None = setting(None, "sdpa, eager, flash_attention_2, ...; unset: the model's default.")
+    trust_remote_code: bool = setting(False, "Run code that comes with a Hub model.")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    lora_r: int = setting(8, "Rank of each adapter.")
+    lora_alpha: float = setting(16, "Scaling numerator: scaling = alpha / r (alpha / sqrt(r) with rsLoRA).")
+    lora_dropout: float = setting(0.0, "Dropout on the adapter's input, in [0, 1).")
+    lora_target_modules: list[str] = setting(
+        ["qkv"], 'Module names; "qkv": the attention\'s query, key and value; "all-linear": every linear layer.'
+    )
+    use_rslora: bool = setting(False, "Rank-stabilised scaling.")
+    use_dora: bool = setting(False, "Weight-decomposed LoRA (DoRA).")
+
+    def __post_init__(self):
+        if self.lora_r < 1:
+            raise InputError(f"--lora_r is {self.lora_r}, but a rank must be at least 1")
+        if self.lora_alpha <= 0:
+            raise InputError(f"--lora_alpha is {self.lora_alpha}, but must be positive")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise InputError(f"--lora_dropout is {self.lora_dropout}, but must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    method: str = setting("copra", "lora, copra or coto: presets of the four settings below.")
+    p_start: float | None = setting(None, "Activation probability at step 0; unset: the method's.")
+    p_end: float | None = setting(None, "Activation probability after the ramp; unset: the method's.")
+    ramp_fraction: float | None = setting(None, "Fraction of the steps spent ramping, in (0, 1]; unset: the method's.")
+    ramp_shape: str | None = setting(None, "linear, exponential, cosine, constant or reversed; unset: the method's.")
+    granularity: str = setting("layer", "What one gate switches: layer (a transformer block) or module.")
+    layer_pattern: str | None = setting(None, "Regular expression whose match ends a layer's name; unset: first integer.")
+
+    def schedule(self) -> Schedule:
+        """The method's schedule with the settings that were given in its place."""
+        if self.method not in METHODS:
+            raise InputError(f"--method is {self.method!r}, but must be one of {', '.join(METHODS)}")
+        given = {"p_start": self.p_start, "p_end": self.p_end, "ramp_fraction": self.ramp_fraction}
+        given = {key: value for key, value in given.items() if value is not None}
+        if self.ramp_shape is not None:
+            given["shape"] = self.ramp_shape
+        return dataclasses.replace(METHODS[self.method], **given)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    tasks: list[str] = setting(["sst2"], "Tasks of the benchmark; each gets its own adapter unless --joint.")
+    joint: bool = setting(False, "Train one adapter on all the tasks together.")
+    data_root: str | None = setting(
+        None, 'The benchmark\'s folder, "sample" (ships with the package) or "hub"; unset: $COPRA_DATA, else sample.'
+    )
+    max_length: int = setting(128, "Longest input in tokens; longer ones are cut in their longest text field.")
+    max_train_samples: int | None = setting(None, "Use this many training examples; unset: all.")
+    max_eval_samples: int | None = setting(None, "Use this many dev and test examples each; unset: all.")
+    head: str = setting("auto", "Encoders' fixed head: label_words, random, or auto (see the README).")
+    train_head: bool = setting(False, "Train the encoder's head too; adapters with unequal heads cannot be merged.")
+    head_seed: int = setting(0, "Seed of a random head; runs whose adapters are to be merged must share it.")
+
+    def __post_init__(self):
+        for name in ("max_length", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} is {value}, but must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    output_dir: str = setting("runs", "Where OUTPUT/<task>/ is written.")
+    max_steps: int = setting(-1, "Optimizer steps; -1: --num_train_epochs decides.")
+    num_train_epochs: float = setting(3.0, "Passes over the training data, if --max_steps is -1.")
+    per_device_train_batch_size: int = setting(16, "Examples a device takes in one forward pass.")
+    per_device_eval_batch_size: int = setting(64, "Examples a device takes in one evaluation pass.")
+    gradient_accumulation_steps: int = setting(1, "Forward passes to one optimizer step; they share one mask.")
+    learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = setting("cosine", "Any name transformers.get_scheduler knows.")
+    warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.")
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm (of the active layers); 0: never.")
+    bf16: bool = setting(False, "Mixed precision in bfloat16.")
+    fp16: bool = setting(False, "Mixed precision in float16 (needs a GPU).")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    seed: int = setting(0, "Feeds the three seeds below where they are unset.")
+    init_seed: int | None = setting(None, "Seed of the adapter's initialisation.")
+    data_seed: int | None = setting(None, "Seed of the data order and of dropout.")
+    mask_seed: int | None = setting(None, "Seed of the masks.")
+    logging_steps: int = setting(10, "Optimizer steps between log entries.")
+    eval_steps: int | None = setting(None, "Optimizer steps between evaluations on dev; unset: at the end only.")
+    save_steps: int | None = setting(None, "Optimizer steps between checkpoints; unset: at --checkpoint_at only.")
+    save_total_limit: int | None = setting(None, "Keep this many of the newest --save_steps checkpoints; unset: all.")
+    checkpoint_at: list[float] = setting(
+        [0.25], "Keep the adapter at these fractions of the run; 0.25 is the paper's Early CopRA."
+    )
+    resume_from_checkpoint: str | None = setting(
+        None, 'A checkpoint folder, or "latest": the newest one of each run, if there is one.'
+    )
+    max_nonfinite_steps: int = setting(10, "Stop after this many steps whose loss was not finite.")
+    report_to: list[str] = setting([], "Trackers: tensorboard, wandb.")
+
+    def __post_init__(self):
+        positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*positive, "logging_steps", "max_nonfinite_steps", "eval_steps", "save_steps", "save_total_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} is {value}, but must be at least 1")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise InputError(f"--max_steps is {self.max_steps}, but must be at least 1 (or -1: by --num_train_epochs)")
+        for name in ("learning_rate", "num_train_epochs"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"--{name} is {getattr(self, name)}, but must be positive")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "init_seed", "data_seed", "mask_seed"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InputError(f"--{name} is {value}, but must not be negative")
+        if any(not 0.0 < fraction <= 1.0 for fraction in self.checkpoint_at):
+            raise InputError(f"--checkpoint_at is {self.checkpoint_at}, but fractions must lie in (0, 1]")
+        if self.bf16 and self.fp16:
+            raise InputError("--bf16 and --fp16 were both given; choose one")
+
+    @property
+    def mixed_precision(self) -> str:
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+
+    def seed_of(self, stream: str) -> int:
+        """The seed of "init", "data" or "mask"."""
+        own = getattr(self, f"{stream}_seed")
+        return self.seed if own is None else own
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a training run, each group with its owner."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    def flat(self) -> dict[str, Any]:
+        """The settings under the flags' names, as `config.yaml` and the result record hold them."""
+        return {k: v for group in dataclasses.fields(self) for k, v in vars(getattr(self, group.name)).items()}
+
+    @classmethod
+    def from_flat(cls, values: dict[str, Any]) -> RunConfig:
+        """The inverse of `flat`; settings that are absent keep their defaults."""
+        parts = {}
+        for group in dataclasses.fields(cls):
+            kind = group.default_factory
+            parts[group.name] = kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
+        return cls(**parts)
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """A copy with some settings changed, by the flags' names."""
+        return self.from_flat(self.flat() | changes)
+
+
+def parse_run_config(argv: list[str] | None = None, description: str | None = None) -> RunConfig:
+    """Read a recipe's command line.
+
+    Raises:
+        InputError: for an unknown flag or key, a value of the wrong kind, or settings that contradict.
+    """
+    from transformers import HfArgumentParser
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    groups = [group.default_factory for group in dataclasses.fields(RunConfig)]
+    parser = HfArgumentParser(groups, description=description, allow_abbrev=False, exit_on_error=False)
+    parser.error = _raise_input_error
+    parser.add_argument("--config", metavar="FILE", help="Flat YAML with the names below; flags win over it.")
+    names = sorted({f.name for group in groups for f in dataclasses.fields(group)})
+    _refuse_unknown_flags(argv, [*names, "config", "help"], negated=[n for n in names if f"--no_{n}" in argv])
+    try:
+        config_file = _flag_value(argv, "config")
+        if config_file is not None:
+            parser.set_defaults(**_read_yaml(Path(config_file), names, groups))
+        *parts, _ = parser.parse_args_into_dataclasses(args=argv)
+    except InputError:
+        raise
+    except (ValueError, TypeError, Exception) as error:  # argparse raises ArgumentError with exit_on_error=False
+        if type(error).__module__ not in ("argparse", "builtins"):
+            raise
+        raise InputError(f"command line: {error}") from None
+    return RunConfig(**dict(zip((group.name for group in dataclasses.fields(RunConfig)), parts, strict=True)))
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved settings, ready for `--config`."""
+    import yaml
+
+    return yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True)
+
+
+def _raise_input_error(message: str) -> None:
+    raise InputError(f"command line: {message}; see --help")
+
+
+def _refuse_unknown_flags(argv: list[str], known: list[str], negated: list[str]) -> None:
+    for word in argv:
+        if not word.startswith("--") or word == "--":
+            continue
+        flag = word[2:].split("=", 1)[0].replace("-", "_")
+        if flag not in known and flag.removeprefix("no_") not in negated:
+            raise InputError(f"there is no flag --{flag}{nearest(flag, known)}; see --help")
+
+
+def _flag_value(argv: list[str], name: str) -> str | None:
+    for i, word in enumerate(argv):
+        if word == f"--{name}":
+            if i + 1 == len(argv):
+                raise InputError(f"--{name} needs a value")
+            return argv[i + 1]
+        if word.startswith(f"--{name}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _read_yaml(path: Path, known: list[str], groups: list) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise InputError(f"--config names {path}, which does not exist; give a YAML file of settings")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(f"{path}{f', line {mark.line + 1}' if mark else ''} is not YAML; mend it") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}, but must hold `name: value` lines")
+    for key in values:
+        if key not in known:
+            raise InputError(f'{path}: there is no setting "{key}"{nearest(key, known)}')
+    lists = {f.name for g in groups for f in dataclasses.fields(g) if isinstance(getattr(g(), f.name), list)}
+    for key, value in values.items():
+        if key in lists and not isinstance(value, list):
+            values[key] = [value]
+        if key not in lists and isinstance(value, list | dict):
+            raise InputError(f"{path}: {key} must be a single value, not {value!r}")
+    kinds = {f.name: type(getattr(g(), f.name)) for g in groups for f in dataclasses.fields(g)}
+    for key, value in values.items():
+        values[key] = _typed(path, key, value, kinds[key])
+    return values
+
+
+def _typed(path: Path, key: str, value: Any, kind: type) -> Any:
+    """YAML reads `1e-3` as text and `1` as an integer; take both where a float is meant."""
+    if value is None or kind in (type(None), list):
+        return value
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif kind is str and not isinstance(value, bool):
+        return str(value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise InputError(f"{path}: {key} is {value!r}, but must be of type {kind.__name__}")

@@ -1,0 +1,112 @@
+"""Which adapter layers does a model have, and how are some of them left out of a step?
+
+    y = f(x; W_l + delta_l * Delta W_l)
+
+A *layer* (a player of the game) is a transformer block: all its adapted modules switch together. A closed
+gate takes the path that PEFT itself takes for a disabled adapter, so an inactive layer is bitwise the
+frozen base layer, costs what it costs, and its parameters get no gradient at all (so no momentum and no
+weight decay either). `requires_grad` is never touched, and PEFT's own `disable_adapter()` / `set_adapter()`
+can be used at any time without opening a closed gate.
+
+This is the only module that touches PEFT's internals. Source: CopRA (arXiv 2410.22911), equation 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from copra_llm.errors import InputError
+
+GRANULARITIES = ("layer", "module")
+FIRST_INTEGER = r"^(?:[^.]+\.)*?\d+(?=\.|$)"
+"""Default layer pattern: the module name through its first integer component."""
+
+
+class LayerGates:
+    """The players of a PEFT LoRA model, and the switch that leaves some of them out.
+
+    Args:
+        model: what `get_peft_model` returned, wrapped or not.
+        granularity: "layer" switches a transformer block's adapters together, "module" each alone.
+        layer_pattern: regular expression; a layer's key is the module name up to the end of its match.
+
+    Raises:
+        InputError: if the model has no LoRA module inside a block.
+
+    Adapters outside blocks, `modules_to_save` and trainable tokens are no players: always on.
+    """
+
+    def __init__(self, model: nn.Module, granularity: str = "layer", layer_pattern: str | None = None):
+        if granularity not in GRANULARITIES:
+            raise InputError(f"granularity is {granularity!r}, but must be one of {', '.join(GRANULARITIES)}")
+        pattern = re.compile(layer_pattern or FIRST_INTEGER)
+        players: dict[tuple, tuple[str, list[LoraLayer]]] = {}
+        for name, module in model.named_modules():
+            name = base_name(name)
+            match = pattern.search(name) if isinstance(module, LoraLayer) else None
+            if match is None:
+                continue
+            layer = name[: match.end()]
+            key = layer if granularity == "layer" else name
+            order = (_natural(layer), _natural(key))
+            players.setdefault(order, (key, []))[1].append(module)
+        if not players:
+            raise InputError(
+                "the model has no LoRA module inside a numbered transformer block, so there is no layer to "
+                "switch; attach an adapter first, or give --layer_pattern"
+            )
+        ordered = [players[order] for order in sorted(players)]
+        self.keys: list[str] = [key for key, _ in ordered]
+        """Player names in mask order: (tower, index)."""
+        self._modules: list[list[LoraLayer]] = [modules for _, modules in ordered]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.keys)
+
+    @contextmanager
+    def applied(self, mask: Sequence[bool]) -> Iterator[None]:
+        """Close the gates where `mask (num_layers,)` is False; every gate is open again afterwards.
+
+        Forward, backward and (for activation checkpointing, which runs forward again) everything between
+        belong inside.
+        """
+        if len(mask) != self.num_layers:
+            raise ValueError(f"the mask has {len(mask)} entries for {self.num_layers} layers")
+        closed = [m for modules, active in zip(self._modules, mask, strict=True) if not active for m in modules]
+        opened = [type(module) for module in closed]
+        try:
+            for module in closed:
+                # Not through nn.Module.__setattr__, which looks for parameters first.
+                object.__setattr__(module, "__class__", _closed_class(type(module)))
+            yield
+        finally:
+            for module, cls in zip(closed, opened, strict=True):
+                object.__setattr__(module, "__class__", cls)
+
+
+def base_name(name: str) -> str:
+    """A module's name in the base model: without the prefixes of PEFT, DDP and `torch.compile`."""
+    return re.sub(r"^(?:module\.|_orig_mod\.)*(?:.*?base_model\.model\.)?", "", name)
+
+
+@functools.cache
+def _closed_class(cls: type[LoraLayer]) -> type[LoraLayer]:
+    """`cls` with its gate closed.
+
+    Every PEFT LoRA layer (linear, quantised, embedding, convolution, DoRA) asks the property
+    `disable_adapters` which way to go. Overriding it in a subclass leaves PEFT's own flag alone:
+    leaving `disable_adapter()` resets that flag on every layer, and would open a gate built on it.
+    """
+    return type(cls.__name__, (cls,), {"disable_adapters": property(lambda self: True), "__module__": cls.__module__})
+
+
+def _natural(name: str) -> tuple:
+    """Sort key under which block 2 comes before block 10."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))

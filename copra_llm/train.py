@@ -1,0 +1,424 @@
+"""The training loop: LoRA with a schedule for which layers take part.
+
+    p    = schedule(step / total_steps)
+    mask = sample_mask(p, num_layers, seed, step)
+    forward, backward and optimizer step with the other layers' adapters left out
+
+Plain LoRA is the schedule p = 1 in the same loop. Everything random is a pure function of a seed and the
+step (initialisation, data order, masks, dropout), so a run that was killed and resumed ends with the bytes
+it would have reached.
+
+Source: CopRA (arXiv 2410.22911), section 2.1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from copra_llm.batches import BatchStream, train_loader
+from copra_llm.build import Workbench, build
+from copra_llm.config import RunConfig, dump_yaml
+from copra_llm.errors import InputError
+from copra_llm.evaluate import evaluate
+from copra_llm.gates import LayerGates
+from copra_llm.masks import sample_mask
+from copra_llm.results import (
+    Result,
+    atomic_folder,
+    environment,
+    peak_memory_bytes,
+    read_result,
+    write_atomic,
+    write_result,
+)
+
+ADAPTER, RESULT, CONFIG, PREEMPTED = "adapter", "result.json", "config.yaml", "PREEMPTED"
+"""What a run writes into its folder."""
+
+# Settings that may differ between a checkpoint's run and the one that resumes it.
+_FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps", "eval_steps",
+                   "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "data_root"}  # fmt: skip
+
+
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM) and has saved a checkpoint."""
+
+
+@dataclass
+class Progress:
+    """Where a run is, and what it has logged."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    log: list[dict[str, float]] = field(default_factory=list)
+    """One entry every `logging_steps`: step, loss, learning_rate, activation_prob, active_layers."""
+    dev: list[dict[str, float]] = field(default_factory=list)
+    """One entry every `eval_steps`: step and the dev metrics."""
+    skipped: int = 0
+    """Steps left out because their loss was not finite."""
+    seconds: float = 0.0
+    """Time in the loop so far, evaluation and saving included."""
+
+
+def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
+    """Train one adapter on the tasks and write `folder/{adapter,result.json,config.yaml,checkpoint-*}`.
+
+    Args:
+        config: the run's settings.
+        tasks: one task, or several that share the adapter.
+        folder: where to write; a finished run found there is returned as it is if the config asks to resume.
+
+    Raises:
+        InputError: for wrong input, or a run that keeps diverging.
+        Preempted: after SIGTERM, once a checkpoint is written.
+    """
+    started = time.time()
+    if config.train.resume_from_checkpoint == "latest" and (folder / RESULT).is_file():
+        return read_result(folder / RESULT)
+    accelerator = _accelerator(config, folder)
+    bench = build(config, tasks)
+    if config.train.gradient_checkpointing:
+        bench.base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if accelerator.is_main_process:
+        write_atomic(folder / CONFIG, dump_yaml(config.replace(tasks=tasks)))
+    accelerator.wait_for_everyone()
+    progress = fit(accelerator, bench, config, folder)
+
+    metrics: dict[str, float] = {}
+    data: dict[str, Any] = {"log": progress.log, "dev": progress.dev, "skipped_steps": progress.skipped}
+    for split in ("dev", "test"):
+        for task, examples in bench.splits[split].items():
+            outcome = evaluate(accelerator, bench.classifier, examples, config.train.per_device_eval_batch_size)
+            metrics |= outcome.metrics(f"{split}/{task}")
+            data[f"correct/{split}/{task}"] = outcome.correct.astype(int).tolist()
+    result = Result(
+        protocol="train",
+        config=config.replace(tasks=tasks).flat(),
+        metrics=metrics,
+        seconds=time.time() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+        steps=progress.step,
+        examples=progress.step * _examples_a_step(config, accelerator),
+        data=data,
+        environment=run_environment(accelerator, bench),
+    )
+    if accelerator.is_main_process:
+        save_adapter(accelerator.unwrap_model(bench.classifier), folder / ADAPTER)
+        write_result(folder / RESULT, result)
+        (folder / PREEMPTED).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return result
+
+
+def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: Path) -> Progress:
+    """Run the loop from the newest checkpoint (if asked to resume) to the last step."""
+    settings, classifier = config.train, bench.classifier
+    splits = list(bench.splits["train"].values())
+    total_steps = _total_steps(config, accelerator, sum(map(len, splits)))
+    schedule = config.schedule.schedule()
+    gates = LayerGates(classifier, config.schedule.granularity, config.schedule.layer_pattern)
+    trained = [p for p in classifier.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    # Not prepared: Accelerate would step it once a process, but rate and p(t) count optimizer steps.
+    scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, total_steps)
+    progress = _resume(config, folder, classifier, optimizer, scheduler)
+    micro_steps = settings.gradient_accumulation_steps * accelerator.num_processes
+    stream = BatchStream(
+        splits,
+        settings.per_device_train_batch_size,
+        settings.seed_of("data"),
+        start=progress.step * micro_steps,
+        stop=total_steps * micro_steps,
+    )
+    loader = train_loader(classifier, splits, stream)
+    bench.classifier, optimizer, loader = classifier, optimizer, loader = accelerator.prepare(
+        classifier, optimizer, loader
+    )
+    classifier.train()
+    watch = _FiniteWatch(accelerator, optimizer, settings.max_nonfinite_steps, progress)
+    keep_at = {max(1, round(fraction * total_steps)) for fraction in settings.checkpoint_at}
+    batches = iter(loader)
+    logged = _RunningLoss(accelerator.device)
+    clock = time.time() - progress.seconds
+    with _bar(accelerator, progress.step, total_steps) as bar, _sigterm() as asked_to_stop:
+        for step in range(progress.step, total_steps):
+            p = schedule(step / total_steps)
+            mask = sample_mask(p, gates.num_layers, seed=settings.seed_of("mask"), step=step)
+            _seed_noise(settings.seed_of("data"), step, accelerator.process_index)
+            with gates.applied(mask):
+                for _ in range(settings.gradient_accumulation_steps):
+                    with accelerator.accumulate(classifier):
+                        loss = classifier(next(batches))
+                        accelerator.backward(loss)
+                        logged.add(loss)
+                        if accelerator.sync_gradients:
+                            norm = _clip(accelerator, trained, settings.max_grad_norm)
+                        watch.before_step(loss, norm if accelerator.sync_gradients else None)
+                        optimizer.step()
+                        optimizer.zero_grad()
+            scheduler.step()
+            progress.step = step + 1
+            progress.seconds = time.time() - clock
+            last = progress.step == total_steps
+            bar.update()
+            if progress.step % settings.logging_steps == 0 or last:
+                watch.read(step)
+                entry = {"loss": logged.mean(), "learning_rate": scheduler.get_last_lr()[0],
+                         "activation_prob": p, "active_layers": int(mask.sum())}  # fmt: skip
+                progress.log.append({"step": progress.step, **entry})
+                accelerator.log({f"train/{key}": value for key, value in entry.items()}, step=progress.step)
+                bar.set_postfix(loss=f"{entry['loss']:.3f}", p=f"{p:.2f}")
+            if settings.eval_steps and progress.step % settings.eval_steps == 0 and not last:
+                _evaluate_dev(accelerator, bench, settings.per_device_eval_batch_size, progress)
+            regular = bool(settings.save_steps) and progress.step % settings.save_steps == 0
+            stopping = asked_to_stop()
+            if regular or stopping or progress.step in keep_at:
+                watch.read(step)
+                _save_checkpoint(accelerator, classifier, optimizer, config, folder, progress)
+                if regular:
+                    _rotate(accelerator, folder, settings, keep_at)
+            if stopping and not last:
+                if accelerator.is_main_process:
+                    write_atomic(folder / PREEMPTED, f"stopped by SIGTERM after step {progress.step}\n")
+                raise Preempted(f"stopped after step {progress.step} of {total_steps}; resume with "
+                                f"--resume_from_checkpoint latest")  # fmt: skip
+    return progress
+
+
+# --- parts of the loop ------------------------------------------------------------------------------------
+
+
+class _FiniteWatch:
+    """Leaves out steps whose loss or gradient is not finite, without waiting for the device.
+
+    The fused AdamW reads a flag tensor, `found_inf`, and leaves parameters, moments and step counts alone
+    where it is 1. The flag stays on the device and is summed over processes; only `read`, at log steps,
+    brings a count to the host. Under float16 the loss scaler does the same by itself.
+    """
+
+    def __init__(self, accelerator: Accelerator, optimizer, limit: int, progress: Progress):
+        self.accelerator, self.limit, self.progress = accelerator, limit, progress
+        self.target = None if accelerator.scaler is not None else optimizer.optimizer
+        self.bad_micro = torch.zeros((), device=accelerator.device)
+        self.bad_steps = torch.zeros((), device=accelerator.device)
+
+    def before_step(self, loss: torch.Tensor, norm: torch.Tensor | None) -> None:
+        self.bad_micro += (~torch.isfinite(loss.detach())).float()
+        if norm is None:
+            return
+        self.bad_micro += (~torch.isfinite(norm)).float()
+        if self.accelerator.num_processes > 1:
+            self.bad_micro = self.accelerator.reduce(self.bad_micro, reduction="sum")
+        found = (self.bad_micro > 0).float()
+        if self.target is not None:
+            self.target.found_inf = found
+        self.bad_steps += found
+        self.bad_micro = torch.zeros_like(self.bad_micro)
+
+    def read(self, step: int) -> None:
+        self.progress.skipped += int(self.bad_steps)
+        self.bad_steps.zero_()
+        if self.progress.skipped >= self.limit:
+            raise InputError(
+                f"by step {step} {self.progress.skipped} steps had a loss or gradient that was not finite; lower "
+                "--learning_rate, or use --dtype float32"
+            )
+
+
+class _RunningLoss:
+    """Mean loss since it was last asked, kept on the device."""
+
+    def __init__(self, device):
+        self.sum, self.count = torch.zeros((), device=device), 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.sum += loss.detach().float()
+        self.count += 1
+
+    def mean(self) -> float:
+        mean = float(self.sum) / max(1, self.count)
+        self.sum.zero_()
+        self.count = 0
+        return mean
+
+
+def _clip(accelerator: Accelerator, trained: list, max_norm: float) -> torch.Tensor:
+    # Inactive layers have no gradient at all: the norm is that of the active ones.
+    norm = accelerator.clip_grad_norm_(trained, max_norm if max_norm > 0 else math.inf)
+    return norm if isinstance(norm, torch.Tensor) else torch.tensor(float(norm), device=accelerator.device)
+
+
+def _seed_noise(seed: int, step: int, rank: int) -> None:
+    """Dropout as a function of (seed, step, rank): a resumed run needs no generator's state."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+
+
+def _evaluate_dev(accelerator: Accelerator, bench: Workbench, batch_size: int, progress: Progress) -> None:
+    entry: dict[str, float] = {}
+    for task, examples in bench.splits["dev"].items():
+        entry |= evaluate(accelerator, bench.classifier, examples, batch_size).metrics(f"dev/{task}")
+    progress.dev.append({"step": progress.step, **entry})
+    accelerator.log(entry, step=progress.step)
+
+
+def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
+    settings = config.train
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        log_with=settings.report_to or None,
+        project_dir=str(folder),
+        step_scheduler_with_optimizer=False,
+        # A masked layer's parameters take no part in the step's graph.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if settings.report_to:
+        shown = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.flat().items()}
+        accelerator.init_trackers("copra_llm", config=shown)
+    return accelerator
+
+
+def _examples_a_step(config: RunConfig, accelerator: Accelerator) -> int:
+    settings = config.train
+    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+
+
+def _total_steps(config: RunConfig, accelerator: Accelerator, examples: int) -> int:
+    if config.train.max_steps != -1:
+        return config.train.max_steps
+    return max(1, math.ceil(config.train.num_train_epochs * examples / _examples_a_step(config, accelerator)))
+
+
+def run_environment(accelerator: Accelerator, bench: Workbench) -> dict[str, Any]:
+    """What the record says of machine, libraries and base model."""
+    device = accelerator.device
+    return environment(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        world_size=accelerator.num_processes,
+        threads=torch.get_num_threads(),
+        base_model=bench.base.source.name,
+        base_fingerprint=bench.base.fingerprint,
+    )
+
+
+@contextlib.contextmanager
+def _bar(accelerator: Accelerator, done: int, total: int):
+    quiet = not accelerator.is_main_process or not sys.stderr.isatty()
+    with tqdm(total=total, initial=done, unit="step", disable=quiet, dynamic_ncols=True) as bar:
+        yield bar
+
+
+@contextlib.contextmanager
+def _sigterm():
+    """Yields a function that says whether SIGTERM has come; only the main thread can listen for it."""
+    received: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    except ValueError:
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- saving and resuming ----------------------------------------------------------------------------------
+
+
+def save_adapter(classifier, folder: Path) -> None:
+    """Write a plain PEFT adapter (and an encoder's heads beside it), atomically."""
+    with atomic_folder(folder) as fresh:
+        _write_adapter(classifier, fresh)
+
+
+def _write_adapter(classifier, folder: Path) -> None:
+    config = classifier.model.peft_config["default"]
+    # PEFT keeps the modules as a set, whose order changes from process to process; the file should not.
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
+    # The Hub would only be asked whether the vocabulary was changed, and it was not.
+    classifier.model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    classifier.save_extras(folder)
+
+
+def _save_checkpoint(accelerator, classifier, optimizer, config: RunConfig, folder: Path, progress: Progress) -> None:
+    """`checkpoint-<step>/`: the adapter as anybody loads it, the optimizer's state, and the progress."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with atomic_folder(folder / f"checkpoint-{progress.step}") as fresh:
+            _write_adapter(accelerator.unwrap_model(classifier), fresh)
+            torch.save(optimizer.state_dict(), fresh / "optimizer.pt")
+            write_atomic(fresh / "state.json", json.dumps({"config": config.flat(), **vars(progress)}))
+    accelerator.wait_for_everyone()
+
+
+def _resume(config: RunConfig, folder: Path, classifier, optimizer, scheduler) -> Progress:
+    """Load the checkpoint that the config names into the parts; a fresh `Progress` if there is none."""
+    wanted = config.train.resume_from_checkpoint
+    if wanted is None:
+        return Progress()
+    checkpoint = _latest_checkpoint(folder) if wanted == "latest" else Path(wanted)
+    if checkpoint is None:
+        return Progress()
+    if not (checkpoint / "state.json").is_file():
+        raise InputError(f"--resume_from_checkpoint names {checkpoint}, which holds no state.json; give a checkpoint")
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    before, now = state.pop("config"), config.flat()
+    for key in now:
+        if key not in _FREE_ON_RESUME and key != "tasks" and before.get(key) != now[key]:
+            raise InputError(f"{checkpoint} was trained with {key} = {before.get(key)}, but this run has "
+                             f"{key} = {now[key]}; resume with the same settings, or start anew elsewhere")  # fmt: skip
+    set_peft_model_state_dict(classifier.model, load_file(checkpoint / "adapter_model.safetensors"))
+    for task, weight in (load_file(checkpoint / "head.safetensors") if hasattr(classifier, "heads") else {}).items():
+        classifier.heads[task.removesuffix(".weight")].data.copy_(weight)
+    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    progress = Progress(**state)
+    for _ in range(progress.step):
+        scheduler.step()
+    return progress
+
+
+def _latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step; a checkpoint appears whole or not at all."""
+    found = [c for c in folder.glob("checkpoint-*") if (c / "state.json").is_file()]
+    return max(found, key=lambda c: int(c.name.rsplit("-", 1)[1]), default=None)
+
+
+def _rotate(accelerator: Accelerator, folder: Path, settings, keep_at: set[int]) -> None:
+    """Remove the oldest `save_steps` checkpoints beyond `save_total_limit`; those of `checkpoint_at` stay."""
+    import shutil
+
+    if settings.save_total_limit is None or not accelerator.is_main_process:
+        return
+    steps = sorted(int(c.name.rsplit("-", 1)[1]) for c in folder.glob("checkpoint-*"))
+    for step in [s for s in steps if s not in keep_at][: -settings.save_total_limit]:
+        # Renamed first: a kill in the middle leaves no torn checkpoint under its name.
+        doomed = folder / f".removed-{step}"
+        os.replace(folder / f"checkpoint-{step}", doomed)
+        shutil.rmtree(doomed)
+
+
+def adapter_state(classifier) -> dict[str, torch.Tensor]:
+    """The adapter's tensors as PEFT would save them."""
+    return get_peft_model_state_dict(classifier.model)

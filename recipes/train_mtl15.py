@@ -1,0 +1,36 @@
+"""Train LoRA adapters on MTL15 with CopRA, CoTo or plain LoRA.
+
+    accelerate launch recipes/train_mtl15.py --tasks sst2 --method copra --max_steps 300 --output_dir runs/copra
+
+Writes OUTPUT/<task>/{adapter,result.json,config.yaml,checkpoint-*}. `--help` lists every setting.
+"""
+
+import sys
+from pathlib import Path
+
+from copra_llm.config import parse_run_config
+from copra_llm.errors import exit_on_input_error
+from copra_llm.tasks.mtl15 import get_task
+from copra_llm.train import Preempted, train_adapter
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> int:
+    config = parse_run_config(argv, description=__doc__)
+    for task in config.data.tasks:
+        get_task(task)
+    output = Path(config.train.output_dir)
+    groups = [config.data.tasks] if config.data.joint else [[task] for task in config.data.tasks]
+    for tasks in groups:
+        try:
+            result = train_adapter(config, tasks, output / "+".join(tasks))
+        except Preempted as stopped:
+            print(stopped, file=sys.stderr)
+            return 143
+        for name, value in result.metrics.items():
+            print(f"{name}: {value:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
