@@ -45,6 +45,9 @@ class LabelWordClassifier(nn.Module):
         self.max_length = max_length
         self.seq2seq = base.kind == "seq2seq"
         self.label_ids = {task.name: self._label_ids(task) for task in tasks}
+        # The last positions of a batch are no contiguous block, and a linear layer over such a slice copies its
+        # whole weight once for every example (measured: half of a bfloat16 step).
+        base.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
         accepted = inspect.signature(base.model.forward).parameters
         self._takes_positions = "position_ids" in accepted
 
@@ -203,7 +206,8 @@ class EncoderClassifier(nn.Module):
     def forward(self, batch: dict, scores: bool = False) -> Tensor:
         """Label scores `(batch, num_labels)`, or the mean cross-entropy in nats."""
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "task")}
-        logits = mean_pool(self.model, inputs) @ self.heads[batch["task"]].T  # (batch, hidden) @ (hidden, labels)
+        pooled = mean_pool(self.model, inputs).to(self.heads[batch["task"]].dtype)
+        logits = pooled @ self.heads[batch["task"]].T  # (batch, hidden) @ (hidden, labels)
         return logits if scores else F.cross_entropy(logits.float(), batch["labels"])
 
     def save_extras(self, folder: Path) -> None:

@@ -8,11 +8,14 @@ users of transformers, PEFT and TRL know; a hyphen for an underscore is accepted
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from copra_llm.errors import InputError, nearest
 from copra_llm.schedule import METHODS, Schedule
@@ -61,7 +64,7 @@ class ScheduleSettings:
     ramp_fraction: float | None = setting(None, "Fraction of the steps spent ramping, in (0, 1]; unset: the method's.")
     ramp_shape: str | None = setting(None, "linear, exponential, cosine, constant or reversed; unset: the method's.")
     granularity: str = setting("layer", "What one gate switches: layer (a transformer block) or module.")
-    layer_pattern: str | None = setting(None, "Regular expression whose match ends a layer's name; unset: first integer.")
+    layer_pattern: str | None = setting(None, "Regular expression whose match ends a layer's name; unset: an integer.")
 
     def schedule(self) -> Schedule:
         """The method's schedule with the settings that were given in its place."""
@@ -195,7 +198,7 @@ def parse_run_config(argv: list[str] | None = None, description: str | None = No
     from transformers import HfArgumentParser
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    groups = [group.default_factory for group in dataclasses.fields(RunConfig)]
+    groups = _groups()
     parser = HfArgumentParser(groups, description=description, allow_abbrev=False, exit_on_error=False)
     parser.error = _raise_input_error
     parser.add_argument("--config", metavar="FILE", help="Flat YAML with the names below; flags win over it.")
@@ -204,14 +207,12 @@ def parse_run_config(argv: list[str] | None = None, description: str | None = No
     try:
         config_file = _flag_value(argv, "config")
         if config_file is not None:
-            parser.set_defaults(**_read_yaml(Path(config_file), names, groups))
+            parser.set_defaults(**read_settings(Path(config_file)))
         *parts, _ = parser.parse_args_into_dataclasses(args=argv)
     except InputError:
         raise
-    except (ValueError, TypeError, Exception) as error:  # argparse raises ArgumentError with exit_on_error=False
-        if type(error).__module__ not in ("argparse", "builtins"):
-            raise
-        raise InputError(f"command line: {error}") from None
+    except (ValueError, TypeError, argparse.ArgumentError) as error:
+        raise InputError(f"command line: {error}; see --help") from None
     return RunConfig(**dict(zip((group.name for group in dataclasses.fields(RunConfig)), parts, strict=True)))
 
 
@@ -246,7 +247,16 @@ def _flag_value(argv: list[str], name: str) -> str | None:
     return None
 
 
-def _read_yaml(path: Path, known: list[str], groups: list) -> dict[str, Any]:
+def _groups() -> list[type]:
+    return [group.default_factory for group in dataclasses.fields(RunConfig)]
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a flat YAML file, each of its field's type.
+
+    Raises:
+        InputError: if the file is missing, is no YAML, or holds an unknown name or a value of the wrong type.
+    """
     import yaml
 
     if not path.is_file():
@@ -258,31 +268,26 @@ def _read_yaml(path: Path, known: list[str], groups: list) -> dict[str, Any]:
         raise InputError(f"{path}{f', line {mark.line + 1}' if mark else ''} is not YAML; mend it") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}, but must hold `name: value` lines")
+    types = {name: hint for group in _groups() for name, hint in get_type_hints(group).items()}
     for key in values:
-        if key not in known:
-            raise InputError(f'{path}: there is no setting "{key}"{nearest(key, known)}')
-    lists = {f.name for g in groups for f in dataclasses.fields(g) if isinstance(getattr(g(), f.name), list)}
-    for key, value in values.items():
-        if key in lists and not isinstance(value, list):
-            values[key] = [value]
-        if key not in lists and isinstance(value, list | dict):
-            raise InputError(f"{path}: {key} must be a single value, not {value!r}")
-    kinds = {f.name: type(getattr(g(), f.name)) for g in groups for f in dataclasses.fields(g)}
-    for key, value in values.items():
-        values[key] = _typed(path, key, value, kinds[key])
-    return values
+        if key not in types:
+            raise InputError(f'{path}: there is no setting "{key}"{nearest(str(key), types)}')
+    return {key: _typed(path, key, value, types[key]) for key, value in values.items()}
 
 
-def _typed(path: Path, key: str, value: Any, kind: type) -> Any:
-    """YAML reads `1e-3` as text and `1` as an integer; take both where a float is meant."""
-    if value is None or kind in (type(None), list):
-        return value
+def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type; YAML reads `1e-3` as text and `1` as an integer, and both may mean a float."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    kind = kinds[0]
+    if get_origin(kind) is list:
+        entries = value if isinstance(value, list) else [value]
+        return [_typed(path, key, entry, get_args(kind)[0]) for entry in entries]
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
-    elif kind is str and not isinstance(value, bool):
+    elif kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value

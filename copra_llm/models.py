@@ -228,7 +228,8 @@ def fingerprint(load_from: str) -> str:
     if not folder.is_dir():
         from transformers.utils import cached_file
 
-        config = cached_file(load_from, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        offline = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+        config = cached_file(load_from, "config.json", **offline)
         folder = Path(config).parent if config else folder
     digest = hashlib.sha256()
     for file in _weight_files(folder):

@@ -81,7 +81,8 @@ def write_atomic(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as f:
+    options = {"dir": path.parent, "prefix": f".{path.name}.", "delete": False}
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", **options) as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -109,6 +110,16 @@ def atomic_folder(path: Path):
             os.replace(fresh, path)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def pack_bits(outcomes) -> str:
+    """A row of outcomes as text, one 0 or 1 an example: small enough to keep in a record."""
+    return "".join("1" if hit else "0" for hit in outcomes)
+
+
+def unpack_bits(text: str) -> list[int]:
+    """The inverse of `pack_bits`."""
+    return [int(digit) for digit in text]
 
 
 def environment(**more: Any) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from copra_llm.results import (
     Result,
     atomic_folder,
     environment,
+    pack_bits,
     peak_memory_bytes,
     read_result,
     write_atomic,
@@ -108,7 +109,7 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
         for task, examples in bench.splits[split].items():
             outcome = evaluate(accelerator, bench.classifier, examples, config.train.per_device_eval_batch_size)
             metrics |= outcome.metrics(f"{split}/{task}")
-            data[f"correct/{split}/{task}"] = outcome.correct.astype(int).tolist()
+            data[f"correct/{split}/{task}"] = pack_bits(outcome.correct)
     result = Result(
         protocol="train",
         config=config.replace(tasks=tasks).flat(),

@@ -124,7 +124,7 @@ def read_jsonl(path: Path, task: Task) -> list[Example]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"{place} is not JSON ({error.msg}, column {error.colno}); mend or remove it") from None
+                raise InputError(f"{place} is not JSON ({error.msg}, column {error.colno}); mend it") from None
             if not isinstance(row, dict):
                 raise InputError(f"{place} holds a {type(row).__name__}, but must be an object with {_columns(task)}")
             for field in (*task.fields, "label"):
@@ -168,8 +168,8 @@ def _from_hub(task: Task, split: str) -> list[Example]:
         rows = datasets.load_dataset(hub["path"], hub.get("name"), split=theirs, revision=hub.get("revision"))
     except Exception as error:
         where = "/".join(filter(None, (hub["path"], hub.get("name"))))
-        reason = type(error).__name__
-        raise InputError(f"{where} could not be read from the Hub ({reason}); give --data_root FOLDER instead") from None
+        reason = f"could not be read from the Hub ({type(error).__name__})"
+        raise InputError(f"{where} {reason}; give --data_root FOLDER instead") from None
     return examples_from_rows(task, rows, split)
 
 

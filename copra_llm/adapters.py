@@ -1,0 +1,191 @@
+"""What is a saved LoRA adapter, as numbers?
+
+    Delta W = scaling * B A,      A (r, in), B (out, r)
+
+for every adapted module; read from and written to PEFT's own files, so that any PEFT adapter can be taken
+apart, changed, and loaded by plain PEFT again. Nothing here touches a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from copra_llm.errors import InputError
+from copra_llm.results import atomic_folder, write_atomic
+
+CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """The adapter of one module."""
+
+    lora_A: Tensor
+    """`(r, in)`."""
+    lora_B: Tensor
+    """`(out, r)`."""
+    scaling: float
+    """alpha / r, or alpha / sqrt(r) with rsLoRA."""
+
+    @property
+    def r(self) -> int:
+        return self.lora_A.shape[0]
+
+    def delta_weight(self) -> Tensor:
+        """`scaling * B @ A (out, in)`, in float64."""
+        return self.scaling * (self.lora_B.double() @ self.lora_A.double())
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """A whole adapter: factors by module name, and what was stored with them."""
+
+    factors: dict[str, LoraFactors]
+    """By the module's name in the base model."""
+    config: dict[str, Any]
+    """`adapter_config.json`."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that are no LoRA factor (`modules_to_save`, DoRA magnitudes, ...), by their key in the file."""
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    """An encoder's heads, `head.safetensors`."""
+    head_metadata: dict[str, str] = field(default_factory=dict)
+    source: str = "adapter"
+    """The folder it came from, for messages."""
+
+    @property
+    def base_model(self) -> str | None:
+        return self.config.get("base_model_name_or_path")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors under PEFT's keys."""
+        tensors = dict(self.extras)
+        for name, f in self.factors.items():
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = f.lora_A.contiguous()
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = f.lora_B.contiguous()
+        return tensors
+
+    def with_factors(self, factors: dict[str, LoraFactors], source: str) -> AdapterWeights:
+        """The same adapter with other factors, its config rewritten so that PEFT applies their scaling."""
+        return replace(self, factors=factors, config=_fitting_config(self.config, factors), source=source)
+
+
+def adapter_folder(path: Path | str) -> Path:
+    """The folder with `adapter_config.json`: the path itself, or `adapter/` in a run's folder.
+
+    Raises:
+        InputError: if neither is an adapter.
+    """
+    path = Path(path)
+    for folder in (path, path / "adapter"):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    what = f"holds no {CONFIG_FILE}" if path.is_dir() else "is not a folder"
+    raise InputError(f"{path} {what}; give a folder that PEFT's save_pretrained, or a run, has written")
+
+
+def load_adapter_weights(path: Path | str) -> AdapterWeights:
+    """Read an adapter's files.
+
+    Raises:
+        InputError: if it is no LoRA adapter in safetensors, or its files do not fit each other.
+    """
+    folder = adapter_folder(path)
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{folder / CONFIG_FILE}, line {error.lineno} is not JSON ({error.msg})") from None
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{folder} is a {config.get('peft_type')} adapter, but must be LORA")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise InputError(f"{folder} has no weights in {WEIGHTS_FILE} (pickled ones are not read); save them anew")
+    tensors, _ = _read(folder / WEIGHTS_FILE)
+    heads, metadata = _read(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else ({}, {})
+    pairs: dict[str, dict[str, Tensor]] = {}
+    extras = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.(lora_A|lora_B)\.weight", key)
+        if match:
+            pairs.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            extras[key] = tensor
+    factors = {}
+    for name, pair in pairs.items():
+        if len(pair) != 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
+            shapes = {k: tuple(v.shape) for k, v in pair.items()}
+            raise InputError(f"{folder}: the factors of {name} do not fit each other: {shapes}")
+        factors[name] = LoraFactors(pair["lora_A"], pair["lora_B"], _scaling(config, name))
+    if not factors:
+        raise InputError(f"{folder / WEIGHTS_FILE} holds no lora_A and lora_B")
+    return AdapterWeights(factors, config, extras, heads, metadata, str(path))
+
+
+def save_adapter_weights(adapter: AdapterWeights, folder: Path | str) -> None:
+    """Write an adapter that plain PEFT loads, atomically."""
+    with atomic_folder(Path(folder)) as fresh:
+        write_atomic(fresh / CONFIG_FILE, json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
+        save_file(adapter.state_dict(), fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        if adapter.heads:
+            save_file(adapter.heads, fresh / HEAD_FILE, metadata=adapter.head_metadata)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}); save or fetch it again") from None
+
+
+def _scaling(config: dict[str, Any], name: str) -> float:
+    """PEFT's scaling of a module, patterns and rsLoRA included."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    r = ranks.get(get_pattern_key(ranks, name), config["r"])
+    alpha = alphas.get(get_pattern_key(alphas, name), config["lora_alpha"])
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def _fitting_config(config: dict[str, Any], factors: dict[str, LoraFactors]) -> dict[str, Any]:
+    """`config`, changed where it would give a factor another rank or scaling, or leave a module out."""
+    ranks = config.get("rank_pattern") or {}
+    fits = all(
+        f.r == ranks.get(get_pattern_key(ranks, name), config["r"]) and f.scaling == _scaling(config, name)
+        for name, f in factors.items()
+    )
+    changed = dict(config)
+    if not fits:
+        wanted = {name: (f.r, f.scaling * f.r) for name, f in factors.items()}
+        (r, alpha), _ = Counter(wanted.values()).most_common(1)[0]
+        changed |= {
+            "r": r,
+            "lora_alpha": _whole(alpha),
+            "use_rslora": False,
+            "rank_pattern": {name: own for name, (own, _) in wanted.items() if own != r},
+            "alpha_pattern": {name: _whole(own) for name, (_, own) in wanted.items() if own != alpha},
+        }
+    targets = config.get("target_modules")
+    covered = isinstance(targets, list) and all(any(n == t or n.endswith(f".{t}") for t in targets) for n in factors)
+    if not covered:
+        changed["target_modules"] = sorted(factors)
+    return changed
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def zeros_like(factors: LoraFactors) -> LoraFactors:
+    """Factors of the same shapes whose Delta W is 0."""
+    return LoraFactors(torch.zeros_like(factors.lora_A), torch.zeros_like(factors.lora_B), factors.scaling)

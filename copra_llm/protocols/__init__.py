@@ -1,0 +1,1 @@
+"""Experiments made of the parts: many runs, resumable, one result record each."""

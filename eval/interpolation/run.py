@@ -1,0 +1,38 @@
+"""Run the plan: tune on dev, train every seed, merge all pairs, evaluate along the lines.
+
+    python eval/interpolation/run.py [--models minilm] [--tasks sst2 agnews] [--data_root FOLDER]
+
+Stopped and started again, it goes on where it was. The table: `copra report eval/interpolation/results`.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+from copra_llm.errors import exit_on_input_error
+from copra_llm.protocols.connectivity import read_plan, run_plan
+
+HERE = Path(__file__).parent
+
+
+@exit_on_input_error
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--work", type=Path, default=Path("runs/interpolation"), help="adapters and checkpoints")
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--data_root")
+    args = parser.parse_args()
+    for model, plan in read_plan(args.plan).items():
+        if args.models is None or model in args.models:
+            tasks = [task for task in plan.tasks if args.tasks is None or task in args.tasks]
+            chosen = dataclasses.replace(plan, tasks=tasks)
+            run_plan(model, chosen, args.results, args.work, args.data_root, functools.partial(print, flush=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
