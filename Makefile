@@ -41,7 +41,7 @@ wheel: install
 
 # The README's tables and plots, from the committed records.
 tables: install
-	$(BIN)/python eval/interpolation/tables.py
+	$(BIN)/python eval/readme.py
 
 clean:
 	rm -rf $(VENV) dist $(DEMO) runs

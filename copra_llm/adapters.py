@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,7 +24,9 @@ from torch import Tensor
 from copra_llm.errors import InputError
 from copra_llm.results import atomic_folder, write_atomic
 
-CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+HEAD_FILE = "head.safetensors"
+"""An encoder's heads beside PEFT's files: `<task>.weight (num_labels, hidden)`, labels in the metadata."""
 _PREFIX = "base_model.model."
 
 
@@ -78,8 +79,13 @@ class AdapterWeights:
         return tensors
 
     def with_factors(self, factors: dict[str, LoraFactors], source: str) -> AdapterWeights:
-        """The same adapter with other factors, its config rewritten so that PEFT applies their scaling."""
-        return replace(self, factors=factors, config=_fitting_config(self.config, factors), source=source)
+        """The same adapter with other factors, its config rewritten so that PEFT loads them with their scaling."""
+        config = _fitting_config(self.config, factors)
+        if factors.keys() != self.factors.keys():
+            # By their full names: what chose the old modules may leave out a new one.
+            restrictions = ("layers_to_transform", "layers_pattern", "exclude_modules")
+            config |= {"target_modules": sorted(factors), **{key: None for key in restrictions if key in config}}
+        return replace(self, factors=factors, config=config, source=source)
 
 
 def adapter_folder(path: Path | str) -> Path:
@@ -107,8 +113,14 @@ def load_adapter_weights(path: Path | str) -> AdapterWeights:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{folder / CONFIG_FILE}, line {error.lineno} is not JSON ({error.msg})") from None
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{folder} is a {config.get('peft_type')} adapter, but must be LORA")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{folder / CONFIG_FILE} is not UTF-8 text (byte {error.start})") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"{folder} is a {kind} adapter, but must be LORA")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float):
+            raise InputError(f"{folder / CONFIG_FILE}: {key} is {config.get(key)!r}, but must be a number")
     if not (folder / WEIGHTS_FILE).is_file():
         raise InputError(f"{folder} has no weights in {WEIGHTS_FILE} (pickled ones are not read); save them anew")
     tensors, _ = _read(folder / WEIGHTS_FILE)
@@ -123,9 +135,14 @@ def load_adapter_weights(path: Path | str) -> AdapterWeights:
             extras[key] = tensor
     factors = {}
     for name, pair in pairs.items():
+        shapes = {k: tuple(v.shape) for k, v in pair.items()}
+        if any(len(shape) != 2 for shape in shapes.values()):
+            raise InputError(f"{folder}: the factors of {name} are no matrices: {shapes}; adapt linear layers")
         if len(pair) != 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
-            shapes = {k: tuple(v.shape) for k, v in pair.items()}
             raise InputError(f"{folder}: the factors of {name} do not fit each other: {shapes}")
+        if pair["lora_A"].shape[0] != _rank(config, name):
+            raise InputError(f"{folder}: the factors of {name} have rank {pair['lora_A'].shape[0]}, but "
+                             f"{CONFIG_FILE} says {_rank(config, name)}")  # fmt: skip
         factors[name] = LoraFactors(pair["lora_A"], pair["lora_B"], _scaling(config, name))
     if not factors:
         raise InputError(f"{folder / WEIGHTS_FILE} holds no lora_A and lora_B")
@@ -149,43 +166,34 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{path} is not a whole safetensors file ({error}); save or fetch it again") from None
 
 
+def _rank(config: dict[str, Any], name: str) -> int:
+    """PEFT's rank of a module."""
+    ranks = config.get("rank_pattern") or {}
+    return ranks.get(get_pattern_key(ranks, name), config["r"])
+
+
 def _scaling(config: dict[str, Any], name: str) -> float:
     """PEFT's scaling of a module, patterns and rsLoRA included."""
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    r = ranks.get(get_pattern_key(ranks, name), config["r"])
-    alpha = alphas.get(get_pattern_key(alphas, name), config["lora_alpha"])
+    alphas = config.get("alpha_pattern") or {}
+    r, alpha = _rank(config, name), alphas.get(get_pattern_key(alphas, name), config["lora_alpha"])
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
 def _fitting_config(config: dict[str, Any], factors: dict[str, LoraFactors]) -> dict[str, Any]:
-    """`config`, changed where it would give a factor another rank or scaling, or leave a module out."""
-    ranks = config.get("rank_pattern") or {}
-    fits = all(
-        f.r == ranks.get(get_pattern_key(ranks, name), config["r"]) and f.scaling == _scaling(config, name)
-        for name, f in factors.items()
-    )
-    changed = dict(config)
-    if not fits:
-        wanted = {name: (f.r, f.scaling * f.r) for name, f in factors.items()}
-        (r, alpha), _ = Counter(wanted.values()).most_common(1)[0]
-        changed |= {
-            "r": r,
-            "lora_alpha": _whole(alpha),
-            "use_rslora": False,
-            "rank_pattern": {name: own for name, (own, _) in wanted.items() if own != r},
-            "alpha_pattern": {name: _whole(own) for name, (_, own) in wanted.items() if own != alpha},
-        }
-    targets = config.get("target_modules")
-    covered = isinstance(targets, list) and all(any(n == t or n.endswith(f".{t}") for t in targets) for n in factors)
-    if not covered:
-        changed["target_modules"] = sorted(factors)
-    return changed
+    """`config`, changed where it would give a factor another rank or scaling."""
+    if all(f.r == _rank(config, name) and f.scaling == _scaling(config, name) for name, f in factors.items()):
+        return dict(config)
+    wanted = {name: (f.r, f.scaling * f.r) for name, f in factors.items()}
+    (r, alpha), _ = Counter(wanted.values()).most_common(1)[0]
+    # Keys are regular expressions that PEFT also matches at a name's end: "^" makes them one module's.
+    return config | {
+        "r": r,
+        "lora_alpha": _whole(alpha),
+        "use_rslora": False,
+        "rank_pattern": {f"^{name}": own for name, (own, _) in wanted.items() if own != r},
+        "alpha_pattern": {f"^{name}": _whole(own) for name, (_, own) in wanted.items() if own != alpha},
+    }
 
 
 def _whole(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
-
-
-def zeros_like(factors: LoraFactors) -> LoraFactors:
-    """Factors of the same shapes whose Delta W is 0."""
-    return LoraFactors(torch.zeros_like(factors.lora_A), torch.zeros_like(factors.lora_B), factors.scaling)

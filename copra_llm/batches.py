@@ -21,6 +21,11 @@ WINDOW = 16
 """Batches among which examples are sorted by length: the padding saved grows slowly beyond it."""
 
 
+def window_batches(n: int, batch_size: int) -> int:
+    """Batches in one window of a split of `n` examples: at most an epoch, or sorting would join an example's copies."""
+    return max(1, min(WINDOW, n // batch_size))
+
+
 @dataclass(frozen=True)
 class EncodedSplit:
     """One split of one task, tokenised."""
@@ -57,21 +62,23 @@ class BatchStream(Sampler):
         windows: dict[tuple[int, int], list[np.ndarray]] = {}
         for i in range(self.start, self.stop):
             split, own = i % len(self.splits), i // len(self.splits)
-            window = own // WINDOW
+            window, place = divmod(own, window_batches(len(self.splits[split]), self.batch_size))
             if (split, window) not in windows:
                 windows = {key: value for key, value in windows.items() if key[0] != split}
                 windows[split, window] = self.window(split, window)
-            yield [(split, int(index)) for index in windows[split, window][own % WINDOW]]
+            yield [(split, int(index)) for index in windows[split, window][place]]
 
     def window(self, split: int, window: int) -> list[np.ndarray]:
-        """The `WINDOW` batches of one window of one split's stream."""
-        n, size = len(self.splits[split]), WINDOW * self.batch_size
+        """The batches of one window of one split's stream."""
+        n = len(self.splits[split])
+        batches = window_batches(n, self.batch_size)
+        size = batches * self.batch_size
         first, last = window * size, (window + 1) * size - 1
         epochs = [self._rng(split, 1, e).permutation(n) for e in range(first // n, last // n + 1)]
         offset = first - (first // n) * n
         examples = np.concatenate(epochs)[offset : offset + size]
         by_length = examples[np.argsort(self.splits[split].lengths[examples], kind="stable")]
-        order = self._rng(split, 2, window).permutation(WINDOW)
+        order = self._rng(split, 2, window).permutation(batches)
         return [by_length[b * self.batch_size : (b + 1) * self.batch_size] for b in order]
 
     def _rng(self, split: int, use: int, index: int) -> np.random.Generator:

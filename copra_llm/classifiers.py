@@ -20,12 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from copra_llm.adapters import HEAD_FILE
 from copra_llm.errors import InputError
 from copra_llm.models import Base
 from copra_llm.tasks.mtl15 import Example, Task
-
-HEAD_FILE = "head.safetensors"
-"""Beside the adapter's own files; `<task>.weight (num_labels, hidden)`, labels in the metadata."""
 
 
 class LabelWordClassifier(nn.Module):
@@ -143,7 +141,7 @@ class LabelWordClassifier(nn.Module):
             rest = out.logits.float().log_softmax(-1)  # (batch, len - 1, vocab)
             wanted = torch.tensor(ids[1:], device=mask.device).expand(len(mask), -1)
             columns.append(scores[:, i] + rest.gather(-1, wanted.unsqueeze(-1)).sum((1, 2)))
-            cache.crop(prompt_length)
+            cache.crop(-len(ids) + 1)
         return torch.stack(columns, dim=1)
 
     def _seq2seq_scores(self, batch: dict, label_ids: list[list[int]]) -> Tensor:
@@ -151,7 +149,8 @@ class LabelWordClassifier(nn.Module):
         encoded = self.model.get_base_model().get_encoder()(**inputs)
         columns = []
         for ids in label_ids:
-            targets = torch.tensor(ids, device=batch["input_ids"].device).expand(len(inputs["input_ids"]), -1)
+            # Repeated, not expanded: T5 takes a view of its labels.
+            targets = torch.tensor([ids] * len(inputs["input_ids"]), device=batch["input_ids"].device)
             out = self.model(encoder_outputs=encoded, attention_mask=inputs["attention_mask"], labels=targets)
             log_probs = out.logits.float().log_softmax(-1)
             columns.append(log_probs.gather(-1, targets.unsqueeze(-1)).sum((1, 2)))

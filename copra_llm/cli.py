@@ -48,6 +48,13 @@ class _Parser(argparse.ArgumentParser):
         hint = nearest(unknown, flags) if "unrecognized" in message else ""
         raise InputError(f"{message}{hint}; see {self.prog} --help")
 
+    def parse_known_args(self, args=None, namespace=None):
+        # Refused by the command's own parser, which knows the flags that come near.
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
 
 # --- merge ------------------------------------------------------------------------------------------------
 
@@ -72,7 +79,9 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _fresh_output(name: str) -> Path:
     output = Path(name)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
+    if output.is_file():
+        raise InputError(f"--output names {output}, which is a file; give a new folder")
+    if output.exists() and any(output.iterdir()):
         raise InputError(f"--output names {output}, which is not empty; give a new folder")
     return output
 
@@ -95,25 +104,26 @@ def _interpolate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pair", nargs=2, action="append", default=[], metavar="ADAPTER", help="one more curve")
     parser.add_argument("--labels", nargs="+", help="names of the curves in the plot; default: each run's method")
     parser.add_argument("--method", default="fusion", help="fusion or mixture")
-    parser.add_argument("--points", type=int, default=21, help="weights from 0 to 1, both ends included")
+    parser.add_argument("--points", type=int, default=21, help="weights from 0 to 1: both ends and the middle, so odd")
     parser.add_argument("--output", required=True, help="folder for curve-<n>.json, curves.png and curves.svg")
     _data_arguments(parser)
 
 
 def _interpolate(args: argparse.Namespace) -> int:
-    from copra_llm.report import plot_curves
+    from copra_llm.interpolate import line
+    from copra_llm.report import plot_curves, require_matplotlib
     from copra_llm.results import write_result
 
     if len(args.adapters) != 2:
         given = len(args.adapters)
         raise InputError(f"{given} adapters were given, but a line has two ends; add lines with --pair A B")
-    if args.points < 2:
-        raise InputError(f"--points is {args.points}, but a line has at least its 2 ends")
+    alphas = line(args.points)
     pairs = [args.adapters, *args.pair]
     if args.labels and len(args.labels) != len(pairs):
         raise InputError(f"{len(args.labels)} labels were given for {len(pairs)} curves; give one each")
+    require_matplotlib()
     output = _fresh_output(args.output)
-    records = [_curve(pair, args, args.labels[i] if args.labels else None) for i, pair in enumerate(pairs)]
+    records = [_curve(pair, alphas, args, args.labels[i] if args.labels else None) for i, pair in enumerate(pairs)]
     for i, record in enumerate(records):
         write_result(output / f"curve-{i}.json", record)
         for name, value in record.metrics.items():
@@ -122,8 +132,7 @@ def _interpolate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _curve(pair: list[str], args: argparse.Namespace, label: str | None):
-    import numpy as np
+def _curve(pair: list[str], alphas, args: argparse.Namespace, label: str | None):
     from tqdm import tqdm
 
     from copra_llm.adapters import load_adapter_weights
@@ -142,7 +151,7 @@ def _curve(pair: list[str], args: argparse.Namespace, label: str | None):
     curve = interpolate(
         *ends,
         method=args.method,
-        alphas=np.linspace(0.0, 1.0, args.points),
+        alphas=alphas,
         bench_of=bench_of,
         split=args.split,
         task=args.task,
@@ -160,8 +169,11 @@ def _config_of(path: str, weights, args: argparse.Namespace):
 
     run = next((f for f in (Path(path) / "config.yaml", Path(path).parent / "config.yaml") if f.is_file()), None)
     config = RunConfig.from_flat(read_settings(run)) if run else RunConfig()
-    changes = {"model_name_or_path": args.model_name_or_path or weights.base_model}
-    for name in ("data_root", "max_length", "max_eval_samples"):
+    base_model = args.model_name_or_path or weights.base_model
+    if not base_model:
+        raise InputError(f"{weights.source} does not say which base model it is for; give --model_name_or_path")
+    changes = {"model_name_or_path": base_model}
+    for name in ("data_root", "max_length", "max_eval_samples", "per_device_eval_batch_size"):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
     return config.replace(**changes)
@@ -183,6 +195,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from copra_llm.train import run_environment
 
     started = time.time()
+    if args.output and Path(args.output).is_dir():
+        raise InputError(f"--output names {args.output}, which is a folder; give a file for the record")
     weights = load_adapter_weights(args.adapter)
     config = _config_of(args.adapter, weights, args)
     bench = build(config, [args.task], adapter=adapter_folder(args.adapter), splits=(args.split,))

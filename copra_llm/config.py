@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,10 +52,12 @@ class LoraSettings:
     def __post_init__(self):
         if self.lora_r < 1:
             raise InputError(f"--lora_r is {self.lora_r}, but a rank must be at least 1")
-        if self.lora_alpha <= 0:
+        if not 0.0 < self.lora_alpha < math.inf:
             raise InputError(f"--lora_alpha is {self.lora_alpha}, but must be positive")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise InputError(f"--lora_dropout is {self.lora_dropout}, but must lie in [0, 1)")
+        if not self.lora_target_modules:
+            raise InputError("--lora_target_modules is empty; name at least one module")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,16 @@ class ScheduleSettings:
     ramp_shape: str | None = setting(None, "linear, exponential, cosine, constant or reversed; unset: the method's.")
     granularity: str = setting("layer", "What one gate switches: layer (a transformer block) or module.")
     layer_pattern: str | None = setting(None, "Regular expression whose match ends a layer's name; unset: an integer.")
+
+    def __post_init__(self):
+        self.schedule()
+        if self.granularity not in ("layer", "module"):
+            raise InputError(f"--granularity is {self.granularity!r}, but must be layer or module")
+        try:
+            re.compile(self.layer_pattern or "")
+        except re.error as error:
+            raise InputError(f"--layer_pattern is {self.layer_pattern!r}, which is no regular expression: {error}") \
+                from None
 
     def schedule(self) -> Schedule:
         """The method's schedule with the settings that were given in its place."""
@@ -92,10 +106,16 @@ class DataSettings:
     head_seed: int = setting(0, "Seed of a random head; runs whose adapters are to be merged must share it.")
 
     def __post_init__(self):
+        if not self.tasks:
+            raise InputError("--tasks is empty; name at least one task")
         for name in ("max_length", "max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} is {value}, but must be at least 1")
+
+
+TRACKERS = ("tensorboard", "wandb")
+"""Names of `--report_to`."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +149,7 @@ class TrainSettings:
         None, 'A checkpoint folder, or "latest": the newest one of each run, if there is one.'
     )
     max_nonfinite_steps: int = setting(10, "Stop after this many steps whose loss was not finite.")
+    metrics: list[str] = setting([], "More metrics, by evaluate's names or script paths: f1, matthews_correlation.")
     report_to: list[str] = setting([], "Trackers: tensorboard, wandb.")
 
     def __post_init__(self):
@@ -140,12 +161,16 @@ class TrainSettings:
         if self.max_steps < 1 and self.max_steps != -1:
             raise InputError(f"--max_steps is {self.max_steps}, but must be at least 1 (or -1: by --num_train_epochs)")
         for name in ("learning_rate", "num_train_epochs"):
-            if getattr(self, name) <= 0:
+            if not 0.0 < getattr(self, name) < math.inf:
                 raise InputError(f"--{name} is {getattr(self, name)}, but must be positive")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "init_seed", "data_seed", "mask_seed"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and not value >= 0:
                 raise InputError(f"--{name} is {value}, but must not be negative")
+        for tracker in self.report_to:
+            if tracker not in TRACKERS:
+                hint = nearest(tracker, TRACKERS)
+                raise InputError(f'--report_to names "{tracker}"{hint}, but must be among {", ".join(TRACKERS)}')
         if any(not 0.0 < fraction <= 1.0 for fraction in self.checkpoint_at):
             raise InputError(f"--checkpoint_at is {self.checkpoint_at}, but fractions must lie in (0, 1]")
         if self.bf16 and self.fp16:
@@ -177,7 +202,15 @@ class RunConfig:
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> RunConfig:
-        """The inverse of `flat`; settings that are absent keep their defaults."""
+        """The inverse of `flat`; settings that are absent keep their defaults.
+
+        Raises:
+            InputError: for a name that is no setting.
+        """
+        names = [f.name for group in _groups() for f in dataclasses.fields(group)]
+        unknown = next((name for name in values if name not in names), None)
+        if unknown is not None:
+            raise InputError(f'there is no setting "{unknown}"{nearest(unknown, names)}')
         parts = {}
         for group in dataclasses.fields(cls):
             kind = group.default_factory
@@ -195,7 +228,7 @@ def parse_run_config(argv: list[str] | None = None, description: str | None = No
     Raises:
         InputError: for an unknown flag or key, a value of the wrong kind, or settings that contradict.
     """
-    from transformers import HfArgumentParser
+    from transformers import HfArgumentParser, SchedulerType
 
     argv = list(sys.argv[1:] if argv is None else argv)
     groups = _groups()
@@ -213,7 +246,13 @@ def parse_run_config(argv: list[str] | None = None, description: str | None = No
         raise
     except (ValueError, TypeError, argparse.ArgumentError) as error:
         raise InputError(f"command line: {error}; see --help") from None
-    return RunConfig(**dict(zip((group.name for group in dataclasses.fields(RunConfig)), parts, strict=True)))
+    config = RunConfig(**dict(zip((group.name for group in dataclasses.fields(RunConfig)), parts, strict=True)))
+    # Here, not in TrainSettings: the names are transformers', and settings are read without importing it.
+    scheduler, known = config.train.lr_scheduler_type, [s.value for s in SchedulerType]
+    if scheduler not in known:
+        hint = nearest(scheduler, known)
+        raise InputError(f'--lr_scheduler_type is "{scheduler}"{hint}, but must be one of {", ".join(known)}')
+    return config
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -257,25 +296,45 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if the file is missing, is no YAML, or holds an unknown name or a value of the wrong type.
     """
+    return typed_settings(path, read_yaml(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The `name: value` entries of a YAML file.
+
+    Raises:
+        InputError: if the file is missing, is no YAML, or holds something else.
+    """
     import yaml
 
     if not path.is_file():
-        raise InputError(f"--config names {path}, which does not exist; give a YAML file of settings")
+        raise InputError(f"{path} does not exist; give a YAML file of settings")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise InputError(f"{path}{f', line {mark.line + 1}' if mark else ''} is not YAML; mend it") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); give a YAML file of settings") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}, but must hold `name: value` lines")
+    return values
+
+
+def typed_settings(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, found in `path`, each of its setting's type.
+
+    Raises:
+        InputError: for an unknown name or a value of the wrong type.
+    """
     types = {name: hint for group in _groups() for name, hint in get_type_hints(group).items()}
     for key in values:
         if key not in types:
             raise InputError(f'{path}: there is no setting "{key}"{nearest(str(key), types)}')
-    return {key: _typed(path, key, value, types[key]) for key, value in values.items()}
+    return {key: typed(path, key, value, types[key]) for key, value in values.items()}
 
 
-def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
+def typed(path: Path, key: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type; YAML reads `1e-3` as text and `1` as an integer, and both may mean a float."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if value is None and NoneType in kinds:
@@ -283,7 +342,7 @@ def _typed(path: Path, key: str, value: Any, hint: Any) -> Any:
     kind = kinds[0]
     if get_origin(kind) is list:
         entries = value if isinstance(value, list) else [value]
-        return [_typed(path, key, entry, get_args(kind)[0]) for entry in entries]
+        return [typed(path, key, entry, get_args(kind)[0]) for entry in entries]
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             return float(value)

@@ -6,6 +6,7 @@ One sentence that names the place and the remedy, on standard error, exit code 2
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 
@@ -23,14 +24,24 @@ def nearest(word: str, known) -> str:
 
 
 def exit_on_input_error(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a command's `main`: an `InputError` becomes one line on stderr and the return value 2."""
+    """Wrap a command's `main`: an `InputError` becomes one line on stderr and the return value 2.
+
+    So does a path that the operating system refuses: a file where a folder must be, no permission to write.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
+        # Where it is installed, PEFT imports it, and it warns of a kernel that nothing here uses.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             return main(*args, **kwargs) or 0
         except InputError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+            sentence = str(error)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            sentence = f"{error.filename}: {error.strerror}; give another path"
+        print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+        return 2
 
     return wrapped

@@ -9,12 +9,14 @@ Every example's outcome is kept, so that two models can be compared on the same 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
 from copra_llm.batches import EncodedSplit, eval_loader
+from copra_llm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Evaluation:
     """bool `(n,)`."""
     nll: np.ndarray
     """-log softmax(scores)[gold] in nats, float64 `(n,)`."""
+    predicted: np.ndarray
+    """Label ids `(n,)`."""
+    labels: np.ndarray
+    """Gold label ids `(n,)`."""
 
     @property
     def accuracy(self) -> float:
@@ -36,9 +42,40 @@ class Evaluation:
         """Mean in nats."""
         return float(self.nll.mean())
 
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """`{prefix}/accuracy` and `{prefix}/loss`, for a result record."""
-        return {f"{prefix}/accuracy": self.accuracy, f"{prefix}/loss": self.loss}
+    def metrics(self, prefix: str, more: Metrics | None = None) -> dict[str, float]:
+        """`{prefix}/accuracy`, `{prefix}/loss` and those of `more`, for a result record."""
+        values = {"accuracy": self.accuracy, "loss": self.loss}
+        for name, metric in (more or {}).items():
+            # Macro averaging is the only kind that is defined for any number of labels.
+            options = {"average": "macro"} if name in ("f1", "precision", "recall") else {}
+            values |= metric.compute(predictions=self.predicted, references=self.labels, **options)
+        return {f"{prefix}/{name}": float(value) for name, value in values.items()}
+
+
+Metrics = dict[str, Any]
+"""`evaluate` metrics by the name they were asked for."""
+
+
+def load_metrics(names: list[str]) -> Metrics:
+    """Metrics of the `evaluate` library, by name (from the Hub) or by the path of a metric script.
+
+    Raises:
+        InputError: if one cannot be loaded.
+    """
+    if not names:
+        return {}
+    import evaluate as evaluate_library
+
+    metrics = {}
+    for name in names:
+        try:
+            metrics[name] = evaluate_library.load(name, keep_in_memory=True)
+        except Exception as error:
+            raise InputError(
+                f'the metric "{name}" could not be loaded ({type(error).__name__}); give a name that evaluate knows, '
+                "with the Hub in reach, or the path of a metric script"
+            ) from None
+    return metrics
 
 
 def evaluate(accelerator: Accelerator, classifier, split: EncodedSplit, batch_size: int) -> Evaluation:
@@ -51,8 +88,9 @@ def evaluate(accelerator: Accelerator, classifier, split: EncodedSplit, batch_si
         batch_size: examples a process takes in one forward pass.
     """
     loader = accelerator.prepare_data_loader(eval_loader(accelerator.unwrap_model(classifier), split, batch_size))
-    correct = np.zeros(len(split), dtype=bool)
+    labels = np.array(split.labels)
     nll = np.zeros(len(split))
+    predicted = np.zeros(len(split), dtype=int)
     was_training = classifier.training
     classifier.eval()
     try:
@@ -61,10 +99,10 @@ def evaluate(accelerator: Accelerator, classifier, split: EncodedSplit, batch_si
                 index = batch.pop("index")
                 scores = classifier(batch, scores=True).double()  # (batch, num_labels)
                 losses = torch.nn.functional.cross_entropy(scores, batch["labels"], reduction="none")
-                hits = scores.argmax(-1) == batch["labels"]
-                index, losses, hits = accelerator.gather_for_metrics((index, losses, hits))
+                answers = scores.argmax(-1)
+                index, losses, answers = accelerator.gather_for_metrics((index, losses, answers))
                 index = index.cpu().numpy()
-                correct[index], nll[index] = hits.cpu().numpy(), losses.cpu().numpy()
+                predicted[index], nll[index] = answers.cpu().numpy(), losses.cpu().numpy()
     finally:
         classifier.train(was_training)
-    return Evaluation(correct, nll)
+    return Evaluation(predicted == labels, nll, predicted, labels)

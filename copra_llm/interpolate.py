@@ -24,6 +24,7 @@ from peft import set_peft_model_state_dict
 from copra_llm.adapters import AdapterWeights, save_adapter_weights
 from copra_llm.batches import EncodedSplit
 from copra_llm.build import Workbench
+from copra_llm.errors import InputError
 from copra_llm.evaluate import Evaluation, evaluate
 from copra_llm.merge import merge
 from copra_llm.results import Result, environment, pack_bits, peak_memory_bytes
@@ -50,6 +51,14 @@ class Curve:
         """Nats `(points,)`."""
         return self.nll.mean(1)
 
+    @property
+    def middle(self) -> int:
+        """Index of alpha = 0.5."""
+        middle = int(np.argmin(abs(self.alpha - 0.5)))
+        if not np.isclose(self.alpha[middle], 0.5):
+            raise ValueError(f"no point of the curve is its middle; the nearest one is {self.alpha[middle]:g}")
+        return middle
+
     def accuracy_barrier(self) -> float:
         """Percentage points."""
         return float(np.max(self._chord(self.accuracy) - self.accuracy))
@@ -60,7 +69,7 @@ class Curve:
 
     def middle_drop(self) -> tuple[float, float, float]:
         """Mean of the two ends minus the middle, in percentage points, with a 95 % bootstrap interval."""
-        middle = self.correct[int(np.argmin(abs(self.alpha - 0.5)))]
+        middle = self.correct[self.middle]
         ends = (self.correct[0].astype(float) + self.correct[-1]) / 2
         return bootstrap_mean(100.0 * (ends - middle))
 
@@ -68,10 +77,23 @@ class Curve:
         return self.alpha * values[-1] + (1 - self.alpha) * values[0]
 
 
+def line(points: int) -> np.ndarray:
+    """`points` weights from 0 to 1.
+
+    Raises:
+        InputError: if the ends and the middle are not all among them.
+    """
+    if points < 3 or points % 2 == 0:
+        raise InputError(f"a line of {points} points was asked for, but points must be odd and at least 3: "
+                         "both ends and the middle")  # fmt: skip
+    return np.linspace(0.0, 1.0, points)
+
+
 def bootstrap_mean(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Mean of `values (n,)` and its 95 % percentile bootstrap interval over resampled examples."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
+    rng, n = np.random.default_rng(seed), len(values)
+    # One draw at a time: all of them at once are gigabytes for the larger test sets.
+    means = [values[rng.integers(0, n, n)].mean() for _ in range(draws)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(values.mean()), float(low), float(high)
 
@@ -125,7 +147,7 @@ def curve_record(curve: Curve, settings: dict, bench: Workbench, seconds: float)
     """A curve as a result record; `settings` must hold split and task."""
     where = f"{settings['split']}/{settings['task']}"
     drop, low, high = curve.middle_drop()
-    middle = int(np.argmin(abs(curve.alpha - 0.5)))
+    middle = curve.middle
     metrics = {
         f"{where}/accuracy@0": float(curve.accuracy[0]),
         f"{where}/accuracy@0.5": float(curve.accuracy[middle]),

@@ -67,5 +67,5 @@ def _uniforms(n: int, seed: int, step: int) -> np.ndarray:
     word, so steps in neighbouring first words would share their numbers. Raw words are scaled here, since
     NumPy promises stable raw streams but not stable distributions over them.
     """
-    raw = np.random.Philox(key=seed, counter=[0, step, 0, 0]).random_raw(n)
+    raw = np.random.Philox(key=seed, counter=int(step) << 64).random_raw(n)
     return (raw >> np.uint64(11)) * 2.0**-53

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import socket
+import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -131,7 +131,7 @@ def load_base(settings: ModelSettings) -> Base:
         with _quiet():
             model = _AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **_extra(kind, config), **options)
         tokenizer = AutoTokenizer.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         first = " ".join(str(error).split())[:200]
         raise InputError(f'the model "{settings.model_name_or_path}" could not be loaded: {first}') from None
     if tokenizer.pad_token is None:
@@ -140,6 +140,8 @@ def load_base(settings: ModelSettings) -> Base:
     return Base(model, tokenizer, source, kind, fingerprint(source.load_from))
 
 
+# What transformers raises for files that are torn, of another architecture, or need a package that is absent.
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 _AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel}
 
 
@@ -211,8 +213,16 @@ def add_adapter(base: Base, settings: LoraSettings, init_seed: int) -> PeftModel
 
 
 def load_adapter(base: Base, folder: Path | str) -> PeftModel:
-    """Attach a saved PEFT adapter, frozen."""
-    model = PeftModel.from_pretrained(base.model, str(folder))
+    """Attach a saved PEFT adapter, frozen.
+
+    Raises:
+        InputError: if it does not fit the base model.
+    """
+    try:
+        model = PeftModel.from_pretrained(base.model, str(folder))
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder} does not fit the base model {base.source.name}: {first}") from None
     _name_base(model, base.source)
     return model
 
@@ -270,7 +280,7 @@ def _converted_gguf(path: Path) -> Path:
         with _quiet():
             loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         first = " ".join(str(error).split())[:200]
         raise InputError(f"{path} could not be read as a GGUF model: {first}") from None
     # transformers flags the loaded model as quantised and refuses to save it: move the weights to a plain one.
@@ -294,14 +304,13 @@ def _hub_has(hub_id: str) -> bool:
         return True
     if constants.is_offline_mode():
         return False
-    if getproxies():
-        return True
-    # The hub client retries for half a minute before it gives up; a bare connection answers at once.
-    url = urlsplit(constants.ENDPOINT)
+    # The hub client retries for half a minute before it gives up; one request (through the proxy, if there is
+    # one) answers at once.
+    request = urllib.request.Request(f"{constants.ENDPOINT}/{hub_id}/resolve/main/config.json", method="HEAD")
     try:
-        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=3).close()
+        urllib.request.urlopen(request, timeout=3).close()
         return True
-    except OSError:
+    except (OSError, HTTPException, ValueError):
         return False
 
 

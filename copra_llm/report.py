@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.util
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -200,7 +201,32 @@ def seed_estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
+def step_time_table(results: Iterable[Result]) -> str:
+    """Markdown: time of a step of each loop relative to plain PEFT in a bare loop."""
+    rows = []
+    for r in (r for r in results if r.protocol == "step_time"):
+        cells = [r.config["model_name_or_path"], f"{1000 * r.metrics['seconds_per_step/bare PEFT']:.0f} ms"]
+        for name in ("LoRA", "CopRA"):
+            ratio, low, high = (r.metrics[f"{key}/{name}"] for key in ("ratio", "ratio_min", "ratio_max"))
+            cells.append(f"{ratio:.2f} [{low:.2f}, {high:.2f}]")
+        rows.append("| " + " | ".join(cells) + " |")
+    if not rows:
+        return ""
+    head = "| model | plain PEFT, bare loop | this loop, LoRA | this loop, CopRA |\n|---|---|---|---|\n"
+    return head + "\n".join(rows) + "\n"
+
+
 # --- plots and pages --------------------------------------------------------------------------------------
+
+
+def require_matplotlib() -> None:
+    """Say early that plots cannot be made.
+
+    Raises:
+        InputError: if matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("plots need matplotlib: pip install copra_llm[report]")
 
 
 def plot_curves(records: Sequence[Result], stem: Path) -> list[Path]:
@@ -209,10 +235,10 @@ def plot_curves(records: Sequence[Result], stem: Path) -> list[Path]:
     Raises:
         InputError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("plots need matplotlib: pip install copra_llm[report]") from None
+    require_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     where = list(dict.fromkeys((r.config["model_name_or_path"], r.config["task"]) for r in records))
     figure = Figure(figsize=(3.4 * len(where) + 0.6, 5.6), layout="constrained")
     axes = figure.subplots(2, len(where), squeeze=False, sharex=True)
@@ -221,7 +247,7 @@ def plot_curves(records: Sequence[Result], stem: Path) -> list[Path]:
         for r in records:
             if (r.config["model_name_or_path"], r.config["task"]) == (model, task):
                 groups[r.config["label"]].append(r)
-        for label in sorted(groups, key=lambda name: (name not in ORDER, name)):
+        for label in sorted(groups, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)):
             for row, quantity in enumerate(("accuracy", "loss")):
                 axis = axes[row, column]
                 grid = np.array(groups[label][0].data["alpha"])
@@ -240,7 +266,9 @@ def plot_curves(records: Sequence[Result], stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
     figure.savefig(paths[0], dpi=130, metadata={"Software": None})
-    figure.savefig(paths[1], metadata={"Date": None})
+    # A salt and no date: the same records give the same bytes.
+    with rc_context({"svg.hashsalt": "copra_llm"}):
+        figure.savefig(paths[1], metadata={"Date": None})
     return paths
 
 
@@ -273,14 +301,17 @@ def write_report(paths: Sequence[Path], output: Path, title: str = "LoRA, CoTo a
         picture = base64.b64encode(png.read_bytes()).decode()
         parts.append("<h2>Along the line between two adapters (fusion)</h2><p>Mean over the pairs of seeds; the band "
                      "is their range.</p>"
-                     f'<img alt="accuracy and loss against the weight" src="data:image/png;base64,{picture}">')  # fmt: skip
+                     f'<img alt="the curves" src="data:image/png;base64,{picture}">')  # fmt: skip
+    steps = step_time_table(results)
     for heading, table, note in (
         ("Merged", merged, "Means over all pairs of seeds, on test; accuracies in percent, intervals 95 % (bootstrap "
                            "over pairs and examples). Drop: mean of the two ends minus the middle."),
         ("Single runs", single, "Intervals 95 % over seeds (Student's t)."),
+        ("Time of a step", steps, "Ratios of medians over interleaved rounds; in brackets the rounds' range."),
     ):  # fmt: skip
         if table:
-            parts.append(f'<h2>{heading}</h2><p>{html.escape(note)}</p><div class="table">{_html_table(table)}</div>')
+            parts.append(f"<h2>{heading}</h2><p>{html.escape(note)}</p>")
+            parts.append(f'<div class="table">{_html_table(table)}</div>')
             markdown.append(table)
     versions = next((r.environment.get("versions") for r in results if r.environment.get("versions")), {})
     footer = f"From {len(results)} result records; " + ", ".join(f"{k} {v}" for k, v in versions.items() if v)
@@ -291,7 +322,8 @@ def write_report(paths: Sequence[Path], output: Path, title: str = "LoRA, CoTo a
 
 
 def _html_table(markdown: str) -> str:
-    rows = [[html.escape(cell.strip()) for cell in line.strip("|\n ").split("|")] for line in markdown.splitlines()]
+    lines = [line.strip("|\n ").split("|") for line in markdown.splitlines()]
+    rows = [[html.escape(cell.strip()) for cell in cells] for cells in lines]
     head = "".join(f"<th>{cell}</th>" for cell in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[2:])
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -58,21 +58,26 @@ def write_result(path: Path, result: Result) -> None:
 
 
 def read_result(path: Path) -> Result:
-    """Read a record.
+    """Read a record; a metric stored as null is NaN again.
 
     Raises:
         InputError: if the file is missing, is no record, or has a newer schema.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give a result.json that a run has written") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"{path} is no file; give a result.json that a run has written") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); give a result record") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno} is not JSON ({error.msg}); give a result record") from None
-    if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict) or "schema" not in record:
-        raise InputError(f"{path} is not a result record: it lacks schema or metrics")
+    kinds = {"schema": int, "protocol": str, "config": dict, "metrics": dict}
+    missing = [k for k, kind in kinds.items() if not (isinstance(record, dict) and isinstance(record.get(k), kind))]
+    if missing:
+        raise InputError(f"{path} is not a result record: it lacks {missing[0]}; give one that a run has written")
     if record["schema"] > SCHEMA:
         raise InputError(f"{path} has schema {record['schema']}, this version reads up to {SCHEMA}; update copra_llm")
+    record["metrics"] = {k: math.nan if value is None else value for k, value in record["metrics"].items()}
     known = Result.__dataclass_fields__
     return Result(**{key: value for key, value in record.items() if key in known})
 
@@ -83,11 +88,15 @@ def write_atomic(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"dir": path.parent, "prefix": f".{path.name}.", "delete": False}
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", **options) as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.chmod(f.name, 0o644)
-    os.replace(f.name, path)
+        try:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+            os.chmod(f.name, 0o644)
+            os.replace(f.name, path)
+        except BaseException:
+            os.unlink(f.name)
+            raise
 
 
 @contextmanager

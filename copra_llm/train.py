@@ -27,17 +27,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from copra_llm.batches import BatchStream, train_loader
 from copra_llm.build import Workbench, build
+from copra_llm.classifiers import read_heads
 from copra_llm.config import RunConfig, dump_yaml
 from copra_llm.errors import InputError
-from copra_llm.evaluate import evaluate
+from copra_llm.evaluate import evaluate, load_metrics
 from copra_llm.gates import LayerGates
 from copra_llm.masks import sample_mask
 from copra_llm.results import (
@@ -56,7 +58,8 @@ ADAPTER, RESULT, CONFIG, PREEMPTED = "adapter", "result.json", "config.yaml", "P
 
 # Settings that may differ between a checkpoint's run and the one that resumes it.
 _FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps", "eval_steps",
-                   "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "data_root"}  # fmt: skip
+                   "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "data_root",
+                   "metrics"}  # fmt: skip
 
 
 class Preempted(Exception):
@@ -95,6 +98,7 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
     if config.train.resume_from_checkpoint == "latest" and (folder / RESULT).is_file():
         return read_result(folder / RESULT)
     accelerator = _accelerator(config, folder)
+    more_metrics = load_metrics(config.train.metrics)
     bench = build(config, tasks)
     if config.train.gradient_checkpointing:
         bench.base.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -108,7 +112,7 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
     for split in ("dev", "test"):
         for task, examples in bench.splits[split].items():
             outcome = evaluate(accelerator, bench.classifier, examples, config.train.per_device_eval_batch_size)
-            metrics |= outcome.metrics(f"{split}/{task}")
+            metrics |= outcome.metrics(f"{split}/{task}", more_metrics)
             data[f"correct/{split}/{task}"] = pack_bits(outcome.correct)
     result = Result(
         protocol="train",
@@ -283,6 +287,11 @@ def _evaluate_dev(accelerator: Accelerator, bench: Workbench, batch_size: int, p
 
 def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
     settings = config.train
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in settings.report_to:
+        if name not in available:
+            raise InputError(f'--report_to "{name}" is no tracker that is installed; '
+                             f"installed are {', '.join(available) or 'none'}")  # fmt: skip
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -391,8 +400,8 @@ def _resume(config: RunConfig, folder: Path, classifier, optimizer, scheduler) -
             raise InputError(f"{checkpoint} was trained with {key} = {before.get(key)}, but this run has "
                              f"{key} = {now[key]}; resume with the same settings, or start anew elsewhere")  # fmt: skip
     set_peft_model_state_dict(classifier.model, load_file(checkpoint / "adapter_model.safetensors"))
-    for task, weight in (load_file(checkpoint / "head.safetensors") if hasattr(classifier, "heads") else {}).items():
-        classifier.heads[task.removesuffix(".weight")].data.copy_(weight)
+    for task, head in read_heads(checkpoint).items():
+        classifier.heads[task].data.copy_(head)
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
     progress = Progress(**state)
     for _ in range(progress.step):
@@ -418,8 +427,3 @@ def _rotate(accelerator: Accelerator, folder: Path, settings, keep_at: set[int])
         doomed = folder / f".removed-{step}"
         os.replace(folder / f"checkpoint-{step}", doomed)
         shutil.rmtree(doomed)
-
-
-def adapter_state(classifier) -> dict[str, torch.Tensor]:
-    """The adapter's tensors as PEFT would save them."""
-    return get_peft_model_state_dict(classifier.model)

@@ -8,6 +8,8 @@ Writes OUTPUT/<task>/{adapter,result.json,config.yaml,checkpoint-*}. `--help` li
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
+
 from copra_llm.config import parse_run_config
 from copra_llm.errors import exit_on_input_error
 from copra_llm.tasks.mtl15 import get_task
@@ -27,8 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         except Preempted as stopped:
             print(stopped, file=sys.stderr)
             return 143
-        for name, value in result.metrics.items():
-            print(f"{name}: {value:.3f}")
+        if PartialState().is_main_process:
+            for name, value in result.metrics.items():
+                print(f"{name}: {value:.3f}")
     return 0
 
 

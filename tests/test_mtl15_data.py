@@ -26,7 +26,7 @@ SAMPLE_SIZES = {"train": 120, "dev": 30, "test": 60}
 REAL_DATA = Path(os.environ.get("COPRA_TEST_DATA", ROOT.parent / "shared" / "datasets")) / "mtl15"
 
 # One published row a task: all its columns, and the label and texts it has to become here.
-# The label integers are those of the data sets' cards; they are repeated by hand, not read from mtl15.yaml.
+# Columns and labels are those of the data sets' cards; they are repeated by hand, not read from mtl15.yaml.
 PUBLISHED = {
     "agnews": ({"label": 3, "title": "T", "description": "D"}, "Business", {"title": "T", "text": "D"}),
     "amazon": (
@@ -76,6 +76,33 @@ PUBLISHED = {
     ),
     "imdb": ({"text": "R", "label": 0}, "Bad", {"text": "R"}),
 }
+
+# Label names in the order of the published integers, from 0 unless FIRST_LABEL says otherwise; BoolQ's are booleans.
+STARS = ["very negative", "negative", "neutral", "positive", "very positive"]
+CARDS = {
+    "agnews": ["World", "Sports", "Business", "Science or Technology"],
+    "amazon": STARS,
+    "yelp": STARS,
+    "dbpedia": [
+        *("Company", "Educational Institution", "Artist", "Athlete", "Office Holder", "Mean of Transportation"),
+        *("Building", "Natural Place", "Village", "Animal", "Plant", "Album", "Film", "Written Work"),
+    ],
+    "yahoo": [
+        *("Society & Culture", "Science & Mathematics", "Health", "Education & Reference", "Computers & Internet"),
+        *("Sports", "Business & Finance", "Entertainment & Music", "Family & Relationships", "Politics & Government"),
+    ],
+    "mnli": ["entailment", "neutral", "contradiction"],
+    "qqp": ["False", "True"],
+    "rte": ["entailment", "contradiction"],
+    "sst2": ["Bad", "Good"],
+    "wic": ["False", "True"],
+    "cb": ["entailment", "contradiction", "neutral"],
+    "copa": ["A", "B"],
+    "boolq": ["False", "True"],
+    "multirc": ["False", "True"],
+    "imdb": ["Bad", "Good"],
+}
+FIRST_LABEL = {"agnews": 1, "amazon": 1}
 
 
 @pytest.fixture(scope="module")
@@ -135,22 +162,24 @@ def test_sample_holds_these_tasks_only():
         load_split(get_task("imdb"), "train", SAMPLE)
 
 
+WORD = re.compile(r"[a-z0-9']+")
 STOPWORDS = frozenset(
-    "a an the of to in on at is was are were be been it its and or but for with as by that this from has have had not "
-    "no he she they we i you his her their my your our did do does can will would which who what how when where".split()
+    WORD.findall(
+        """a an the of to in on at is was are were be been it its and or but for with as by that this from has have
+        had not no he she they we i you his her their my your our did do does can will would which who what how when
+        where"""
+    )
 )
 
 
 def content_words(fields: dict[str, str]) -> frozenset[str]:
-    return frozenset(re.findall(r"[a-z0-9']+", " ".join(fields.values()).lower())) - STOPWORDS
+    return frozenset(WORD.findall(" ".join(fields.values()).lower())) - STOPWORDS
 
 
 def near_copies(bags: dict[str, frozenset[str]], most: float = 0.5) -> list[str]:
     """Pairs whose content words have a Jaccard index above `most`."""
     return [
-        f"{one} and {other}"
-        for (one, a), (other, b) in combinations(bags.items(), 2)
-        if len(a & b) > most * len(a | b)
+        f"{one} and {other}" for (one, a), (other, b) in combinations(bags.items(), 2) if len(a & b) > most * len(a | b)
     ]
 
 
@@ -189,6 +218,16 @@ def test_published_row_becomes_the_right_example(name):
     [example] = examples_from_rows(task, published_rows(name), "test")
     assert example.fields == fields
     assert task.labels[example.label] == label
+
+
+@pytest.mark.parametrize("name", sorted(CARDS))
+def test_every_published_label_becomes_the_right_one(name):
+    task = get_task(name)
+    assert sorted(task.labels) == sorted(CARDS[name])
+    for value, label in enumerate(CARDS[name], FIRST_LABEL.get(name, 0)):
+        published = bool(value) if name == "boolq" else value
+        [example] = examples_from_rows(task, published_rows(name, **{task.hub["label"]: published}), "test")
+        assert task.labels[example.label] == label
 
 
 @pytest.mark.parametrize("name", sorted(set(PUBLISHED) - {"boolq"}))
@@ -291,7 +330,8 @@ def hub(monkeypatch):
 
 def test_prepare_writes_a_sound_folder(prepare, hub, tmp_path, capsys):
     assert prepare.main(["--output", str(tmp_path / "all"), "--tasks", "imdb"]) == 0
-    assert capsys.readouterr().out == "imdb: train 160, dev 40, test 200 (1 copies left out of dev and train)\n"
+    # 201 published train rows, a fifth held out; the copied one falls into dev
+    assert capsys.readouterr().out == "imdb: train 161, dev 39, test 200 (copies left out of dev and train: 1)\n"
     assert prepare.main(["--check", str(tmp_path / "all")]) == 0
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from copra_llm.adapters import AdapterWeights, LoraFactors, zeros_like
+from copra_llm.adapters import AdapterWeights, LoraFactors
 from copra_llm.errors import InputError, nearest
 from copra_llm.merge.fusion import fuse
 from copra_llm.merge.mixture import mix
@@ -20,6 +20,12 @@ METHODS: dict[str, Callable[[Sequence[LoraFactors], Sequence[float]], LoraFactor
     "mixture": mix,
 }
 """Names of `copra merge --method`."""
+
+
+def check_method(method: str) -> None:
+    """Refuse a name that is no key of `METHODS`."""
+    if method not in METHODS:
+        raise InputError(f'there is no merge method "{method}"{nearest(method, METHODS)}; choose {", ".join(METHODS)}')
 
 
 def merge(adapters: Sequence[AdapterWeights], method: str, weights: Sequence[float] | None = None) -> AdapterWeights:
@@ -34,12 +40,11 @@ def merge(adapters: Sequence[AdapterWeights], method: str, weights: Sequence[flo
         InputError: if the method is unknown, the weights do not fit, or the adapters do not: other base,
             other shapes, targets (fusion), heads or extra tensors.
     """
-    if method not in METHODS:
-        raise InputError(f'there is no merge method "{method}"{nearest(method, METHODS)}; choose {", ".join(METHODS)}')
+    check_method(method)
     weights = [1.0 / len(adapters)] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise InputError(f"{len(adapters)} adapters were given with {len(weights)} weights; give one weight each")
-    if abs(sum(weights) - 1.0) > 1e-6:
+    if not abs(sum(weights) - 1.0) <= 1e-6:
         raise InputError(f"the weights sum to {sum(weights):g}, but {method} needs them to sum to 1")
     for other in adapters[1:]:
         _check_pair(adapters[0], other, same_targets=method == "fusion")
@@ -47,9 +52,8 @@ def merge(adapters: Sequence[AdapterWeights], method: str, weights: Sequence[flo
         return adapters[0]
     factors = {}
     for name in dict.fromkeys(name for a in adapters for name in a.factors):
-        present = next(a.factors[name] for a in adapters if name in a.factors)
-        parts = [a.factors.get(name) or zeros_like(present) for a in adapters]
-        pairs = [(f, w) for a, f, w in zip(adapters, parts, weights, strict=True) if name in a.factors]
+        # An adapter without this module adds nothing to it.
+        pairs = [(a.factors[name], w) for a, w in zip(adapters, weights, strict=True) if name in a.factors]
         factors[name] = METHODS[method]([f for f, _ in pairs], [w for _, w in pairs])
     merged = adapters[0].with_factors(factors, source="+".join(a.source for a in adapters))
     heads = {task: head for a in reversed(adapters) for task, head in a.heads.items()}
@@ -66,6 +70,10 @@ def _check_pair(first: AdapterWeights, other: AdapterWeights, same_targets: bool
         if adapter.config.get("use_dora"):
             raise InputError(f"{adapter.source} is a DoRA adapter: its magnitudes are relative to its own direction, "
                              "so they cannot be averaged; fold it into the base instead")  # fmt: skip
+        unread = next((key for key in adapter.extras if ".lora_" in key), None)
+        if unread is not None:
+            raise InputError(f"{adapter.source} holds {unread}, and only the factors A and B of linear layers can be "
+                             "merged; train without it")  # fmt: skip
     for name in first.factors.keys() & other.factors.keys():
         a, b = (tuple(f.lora_B.shape[:1] + f.lora_A.shape[1:]) for f in (first.factors[name], other.factors[name]))
         if a != b:

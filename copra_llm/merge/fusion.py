@@ -23,9 +23,11 @@ def fuse(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactor
     """Fuse one module's factors; the result has the first one's rank, scaling and dtype.
 
     Raises:
-        InputError: if the ranks differ.
+        InputError: if the ranks differ, or the first scaling is 0.
     """
     first = factors[0]
+    if first.scaling == 0.0:
+        raise InputError("the first adapter's scaling is 0, and fusion brings the others to it; put it last")
     if any(f.r != first.r for f in factors):
         ranks = " and ".join(str(r) for r in dict.fromkeys(f.r for f in factors))
         raise InputError(f"fusion needs equal ranks, but they are {ranks}; use --method mixture")

@@ -14,20 +14,22 @@ Source: CopRA (arXiv 2410.22911), section 3.1 and figure 3.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, get_type_hints
 
 from copra_llm.adapters import load_adapter_weights
 from copra_llm.build import build
-from copra_llm.config import RunConfig
+from copra_llm.config import RunConfig, read_yaml, typed, typed_settings
 from copra_llm.errors import InputError
-from copra_llm.interpolate import curve_record, interpolate
+from copra_llm.interpolate import curve_record, interpolate, line
+from copra_llm.merge import check_method
 from copra_llm.results import Result, read_result, write_result
+from copra_llm.tasks.mtl15 import get_task
 from copra_llm.train import train_adapter
 
 
@@ -47,6 +49,17 @@ class Plan:
     settings: dict[str, Any]
     """Everything else, by the flags' names."""
 
+    def __post_init__(self):
+        for name in ("tasks", "methods", "seeds", "learning_rate", "max_steps"):
+            if not getattr(self, name):
+                raise InputError(f"the plan's {name} is empty; give at least one")
+        for task, method in itertools.product(self.tasks, self.methods):
+            get_task(task)
+            RunConfig().replace(**self.settings | {"tasks": [task], "method": method})
+        for merge_method, points in self.points.items():
+            check_method(merge_method)
+            line(points)
+
 
 def read_plan(path: Path) -> dict[str, Plan]:
     """`{model: Plan}` from YAML; `all` holds what the models share.
@@ -54,9 +67,10 @@ def read_plan(path: Path) -> dict[str, Plan]:
     Raises:
         InputError: if the file or an entry is not of that form.
     """
-    import yaml
-
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    values = read_yaml(Path(path))
+    for name, entry in values.items():
+        if not isinstance(entry, dict):
+            raise InputError(f"{path}: {name} is {entry!r}, but must hold {', '.join(Plan.__dataclass_fields__)}")
     shared = values.pop("all", {})
     plans = {}
     for model, own in values.items():
@@ -67,6 +81,13 @@ def read_plan(path: Path) -> dict[str, Plan]:
         if missing or unknown:
             what = f"lacks {missing[0]}" if missing else f"has the unknown entry {unknown[0]}"
             raise InputError(f"{path}: the plan of {model} {what}; it needs {', '.join(Plan.__dataclass_fields__)}")
+        types = get_type_hints(Plan)
+        for key in ("tasks", "methods", "seeds", "learning_rate", "max_steps"):
+            entry[key] = typed(path, key, entry[key], types[key])
+        if not isinstance(entry["points"], dict):
+            raise InputError(f"{path}: points is {entry['points']!r}, but must be points by merge method")
+        entry["points"] = {m: typed(path, f"points of {m}", p, int) for m, p in entry["points"].items()}
+        entry["settings"] = typed_settings(path, entry["settings"])
         plans[model] = Plan(**entry)
     return plans
 
@@ -77,15 +98,16 @@ def run_plan(model: str, plan: Plan, results: Path, work: Path, data_root: str |
     Args:
         model: `--model_name_or_path`.
         plan: from `read_plan`.
-        results: records go to `results/<model>/<task>/<method>/*.json`.
+        results: records go to `results/<model>/<task>/<method>/*.json`, <model> being a folder's last part.
         work: adapters and checkpoints go here, under the same names.
         data_root: of MTL15.
         say: reports progress.
     """
     for task, method in itertools.product(plan.tasks, plan.methods):
-        records, scratch = results / model / task / method, work / model / task / method
+        place = Path(_portable_name(model)) / task / method
+        records, scratch = results / place, work / place
         base = RunConfig().replace(
-            **plan.settings, model_name_or_path=model, tasks=[task], method=method, data_root=data_root
+            **plan.settings | {"model_name_or_path": model, "tasks": [task], "method": method, "data_root": data_root}
         )
 
         def train(seed: int, rate: float, steps: int, base=base, task=task, records=records, scratch=scratch) -> Result:
@@ -133,7 +155,7 @@ def tune(score, plan: Plan) -> tuple[float, int]:
 def dev_score(result: Result, task: str) -> tuple[float, float]:
     """Dev accuracy, then smaller dev loss."""
     loss = result.metrics[f"dev/{task}/loss"]
-    return result.metrics[f"dev/{task}/accuracy"], -loss if loss is not None else -np.inf
+    return result.metrics[f"dev/{task}/accuracy"], -math.inf if math.isnan(loss) else -loss
 
 
 def pair_curve(folders: list[Path], config: RunConfig, task: str, method: str, points: int, more: dict) -> Result:
@@ -148,7 +170,7 @@ def pair_curve(folders: list[Path], config: RunConfig, task: str, method: str, p
     curve = interpolate(
         *(load_adapter_weights(folder) for folder in folders),
         method=method,
-        alphas=np.linspace(0.0, 1.0, points),
+        alphas=line(points),
         bench_of=bench_of,
         split="test",
         task=task,
@@ -161,6 +183,13 @@ def pair_curve(folders: list[Path], config: RunConfig, task: str, method: str, p
 
 def _portable(result: Result) -> Result:
     """A record without the folders of the machine it was made on."""
-    for key in ("output_dir", "data_root"):
-        result.config[key] = None
-    return result
+    config = result.config | {"output_dir": None, "data_root": None}
+    config["model_name_or_path"] = _portable_name(config["model_name_or_path"])
+    environment = result.environment | {"base_model": _portable_name(result.environment["base_model"])}
+    return dataclasses.replace(result, config=config, environment=environment)
+
+
+def _portable_name(model: str) -> str:
+    """A model's name as it is, but of a folder or file its last part."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model

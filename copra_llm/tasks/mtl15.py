@@ -97,17 +97,16 @@ def load_split(task: Task, split: str, root: Path | str, max_samples: int | None
         task: from `get_task`.
         split: "train", "dev" or "test".
         root: a folder, `paths.SAMPLE` or `paths.HUB`.
-        max_samples: take this many from the start; None: all.
+        max_samples: take this many, from the start of a file, at random (but always the same) of published
+            data, which may be sorted by label; None: all.
 
     Raises:
         InputError: for a missing file, a malformed line (with file and line), or an unreachable Hub.
     """
     if root == HUB:
-        examples = _from_hub(task, split)
-    else:
-        path = (_sample_folder(task) if root == SAMPLE else Path(root) / task.name) / f"{split}.jsonl"
-        examples = read_jsonl(path, task)
-    return examples[:max_samples]
+        return _from_hub(task, split, max_samples)
+    path = (_sample_folder(task) if root == SAMPLE else Path(root) / task.name) / f"{split}.jsonl"
+    return read_jsonl(path, task)[:max_samples]
 
 
 def read_jsonl(path: Path, task: Task) -> list[Example]:
@@ -158,7 +157,7 @@ DEV_SIZE = 500
 """Examples held out of the published train split where the Hub has no dev split of its own."""
 
 
-def _from_hub(task: Task, split: str) -> list[Example]:
+def _from_hub(task: Task, split: str, max_samples: int | None) -> list[Example]:
     """Published data. Where there is no dev split, dev is a fixed random part of train, at most a fifth of it."""
     import datasets
 
@@ -170,10 +169,10 @@ def _from_hub(task: Task, split: str) -> list[Example]:
         where = "/".join(filter(None, (hub["path"], hub.get("name"))))
         reason = f"could not be read from the Hub ({type(error).__name__})"
         raise InputError(f"{where} {reason}; give --data_root FOLDER instead") from None
-    return examples_from_rows(task, rows, split)
+    return examples_from_rows(task, rows, split, max_samples)
 
 
-def examples_from_rows(task: Task, rows, split: str) -> list[Example]:
+def examples_from_rows(task: Task, rows, split: str, max_samples: int | None = None) -> list[Example]:
     """Published rows -> examples of one of our splits; rows without a public label (-1) are left out."""
     hub = task.hub
     columns = {c for theirs in hub["fields"].values() for c in theirs.split(" + ") if c} | {hub["label"]}
@@ -184,10 +183,15 @@ def examples_from_rows(task: Task, rows, split: str) -> list[Example]:
         order = np.random.Generator(np.random.Philox(key=0)).permutation(len(rows))
         held_out = min(DEV_SIZE, len(rows) // 5)
         rows = rows.select(np.sort(order[:held_out] if split == "dev" else order[held_out:]))
+    if max_samples is not None and max_samples < len(rows):
+        # Before a text is touched: some of these sets have millions of rows.
+        order = np.random.Generator(np.random.Philox(key=1)).permutation(len(rows))
+        rows = rows.select(np.sort(order[:max_samples]))
     values = {value: i for i, value in enumerate(hub["values"])}
 
     def text(row: dict, theirs: str) -> str:
-        return " ".join(str(row[column]) for column in theirs.split(" + ") if column)
+        # An empty cell of a CSV arrives as None.
+        return " ".join(str(row[column] or "").strip() for column in theirs.split(" + ") if column)
 
     return [
         Example({ours: text(row, theirs) for ours, theirs in hub["fields"].items()}, values[row[hub["label"]]])

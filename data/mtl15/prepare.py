@@ -61,7 +61,7 @@ def prepare(task: Task, output: Path, max_train: int | None, max_eval: int | Non
     except OSError as error:
         raise InputError(f"{output / task.name} cannot be written ({error.strerror}); give another --output") from None
     counts = ", ".join(f"{split} {len(examples)}" for split, examples in splits.items())
-    copies = f" ({left_out} copies left out of dev and train)" if left_out else ""
+    copies = f" (copies left out of dev and train: {left_out})" if left_out else ""
     print(f"{task.name}: {counts}{copies}", flush=True)
 
 
