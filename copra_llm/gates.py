@@ -37,7 +37,7 @@ class LayerGates:
         layer_pattern: regular expression; a layer's key is the module name up to the end of its match.
 
     Raises:
-        InputError: if the model has no LoRA module inside a block.
+        InputError: if the model has no LoRA module inside a block, or the pattern is no regular expression.
 
     Adapters outside blocks, `modules_to_save` and trainable tokens are no players: always on.
     """
@@ -45,7 +45,10 @@ class LayerGates:
     def __init__(self, model: nn.Module, granularity: str = "layer", layer_pattern: str | None = None):
         if granularity not in GRANULARITIES:
             raise InputError(f"granularity is {granularity!r}, but must be one of {', '.join(GRANULARITIES)}")
-        pattern = re.compile(layer_pattern or FIRST_INTEGER)
+        try:
+            pattern = re.compile(layer_pattern or FIRST_INTEGER)
+        except re.error as error:
+            raise InputError(f"--layer_pattern is {layer_pattern!r}, which is no regular expression: {error}") from None
         players: dict[tuple, tuple[str, list[LoraLayer]]] = {}
         for name, module in model.named_modules():
             name = base_name(name)
@@ -83,7 +86,6 @@ class LayerGates:
         opened = [type(module) for module in closed]
         try:
             for module in closed:
-                # Not through nn.Module.__setattr__, which looks for parameters first.
                 object.__setattr__(module, "__class__", _closed_class(type(module)))
             yield
         finally:
@@ -100,11 +102,21 @@ def base_name(name: str) -> str:
 def _closed_class(cls: type[LoraLayer]) -> type[LoraLayer]:
     """`cls` with its gate closed.
 
-    Every PEFT LoRA layer (linear, quantised, embedding, convolution, DoRA) asks the property
-    `disable_adapters` which way to go. Overriding it in a subclass leaves PEFT's own flag alone:
-    leaving `disable_adapter()` resets that flag on every layer, and would open a gate built on it.
+    Every PEFT LoRA layer (linear, quantised, embedding, convolution, DoRA) asks its flag which way to go. A
+    closed one raises that flag for the time of its own forward pass alone. So PEFT sees its flag as it left
+    it: leaving `disable_adapter()` lowers the flag on every layer, and asks all of them for it before.
     """
-    return type(cls.__name__, (cls,), {"disable_adapters": property(lambda self: True), "__module__": cls.__module__})
+
+    def __call__(self, *args, **kwargs):
+        before = self._disable_adapters
+        # Not through nn.Module.__setattr__, which looks for parameters first.
+        object.__setattr__(self, "_disable_adapters", True)
+        try:
+            return cls.__call__(self, *args, **kwargs)
+        finally:
+            object.__setattr__(self, "_disable_adapters", before)
+
+    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
 
 
 def _natural(name: str) -> tuple:

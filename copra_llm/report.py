@@ -35,9 +35,12 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
+        return f"{self:.1f}"
+
+    def __format__(self, spec: str) -> str:
         if math.isnan(self.low):
-            return f"{self.mean:.1f}"
-        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
+            return format(self.mean, spec)
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 def find_results(paths: Iterable[Path]) -> list[Result]:
@@ -114,6 +117,13 @@ def difference_estimate(first: Sequence[Result], second: Sequence[Result]) -> Es
     return _bootstrap_2d(100.0 * (a - b))
 
 
+def loss_difference_estimate(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
+    """Merged loss of the first minus the second, in nats; Student's t over the pairs of equal seeds."""
+    by_seeds = [{tuple(c.config["seeds"]): mean_metric([c], "loss@0.5") for c in curves} for curves in (first, second)]
+    shared = sorted(by_seeds[0].keys() & by_seeds[1].keys())
+    return seed_estimate([by_seeds[0][seeds] - by_seeds[1][seeds] for seeds in shared])
+
+
 def _bootstrap_2d(values: np.ndarray, draws: int = 2000) -> Estimate:
     """Mean of `values (pairs, examples)`; pairs and examples are both resampled."""
     rng = np.random.default_rng(0)
@@ -135,9 +145,9 @@ def connectivity_table(results: Iterable[Result]) -> str:
     if not cells:
         return ""
     lines = [
-        "| model | task | method | lr, steps | single acc. | fused acc. | drop when fused | fused: minus LoRA "
-        "| mixture acc. | single / fused / mixture loss |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | task | method | lr, steps | single acc. | fused acc. | drop when fused | fused acc. minus LoRA's "
+        "| mixture acc. | single / fused / mixture loss | fused loss minus LoRA's |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
         fusion, mixture = cell.curves.get("fusion"), cell.curves.get("mixture")
@@ -145,9 +155,10 @@ def connectivity_table(results: Iterable[Result]) -> str:
         both = fusion or mixture
         single = (mean_metric(both, "accuracy@0") + mean_metric(both, "accuracy@1")) / 2
         single_loss = (mean_metric(both, "loss@0") + mean_metric(both, "loss@1")) / 2
-        against = "–"
+        against, loss_against = "–", "–"
         if lora is not None and lora is not cell and fusion and lora.curves.get("fusion"):
             against = str(difference_estimate(fusion, lora.curves["fusion"]))
+            loss_against = f"{loss_difference_estimate(fusion, lora.curves['fusion']):.2f}"
         losses = [f"{single_loss:.2f}"] + [f"{mean_metric(c, 'loss@0.5'):.2f}" if c else "–" for c in (fusion, mixture)]
         row = (
             cell.model, cell.task, NAMES.get(cell.method, cell.method), f"{cell.learning_rate:g}, {cell.steps}",
@@ -157,6 +168,7 @@ def connectivity_table(results: Iterable[Result]) -> str:
             against,
             f"{mean_metric(mixture, 'accuracy@0.5'):.1f}" if mixture else "–",
             " / ".join(losses),
+            loss_against,
         )  # fmt: skip
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
@@ -260,7 +272,8 @@ def plot_curves(records: Sequence[Result], stem: Path) -> list[Path]:
         axes[1, column].set_xlabel("weight of the first adapter")
     axes[0, 0].set_ylabel("test accuracy [%]")
     axes[1, 0].set_ylabel("test loss [nats]")
-    axes[0, 0].legend(frameon=False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -290,6 +303,13 @@ footer {{ color: #666; font-size: 0.85rem; margin-top: 2rem }}
 """
 
 
+_MERGED_NOTE = (
+    "Means over all pairs of seeds, on test. Accuracies in percent, losses in nats. Drop: mean of the two ends minus "
+    "the middle. Intervals 95 %: for accuracies a bootstrap over pairs and examples, for losses Student's t over "
+    "pairs. Pairs share seeds, so with few seeds both are somewhat too narrow."
+)
+
+
 def write_report(paths: Sequence[Path], output: Path, title: str = "LoRA, CoTo and CopRA, single and merged") -> Path:
     """Write `report.html` (self-contained), `table.md`, and the plots; returns the page's path."""
     results = find_results(paths)
@@ -304,11 +324,10 @@ def write_report(paths: Sequence[Path], output: Path, title: str = "LoRA, CoTo a
                      f'<img alt="the curves" src="data:image/png;base64,{picture}">')  # fmt: skip
     steps = step_time_table(results)
     for heading, table, note in (
-        ("Merged", merged, "Means over all pairs of seeds, on test; accuracies in percent, intervals 95 % (bootstrap "
-                           "over pairs and examples). Drop: mean of the two ends minus the middle."),
-        ("Single runs", single, "Intervals 95 % over seeds (Student's t)."),
+        ("Merged", merged, _MERGED_NOTE),
+        ("Single runs", single, "Accuracies in percent, losses in nats; intervals 95 % over seeds (Student's t)."),
         ("Time of a step", steps, "Ratios of medians over interleaved rounds; in brackets the rounds' range."),
-    ):  # fmt: skip
+    ):
         if table:
             parts.append(f"<h2>{heading}</h2><p>{html.escape(note)}</p>")
             parts.append(f'<div class="table">{_html_table(table)}</div>')

@@ -101,7 +101,7 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
     more_metrics = load_metrics(config.train.metrics)
     bench = build(config, tasks)
     if config.train.gradient_checkpointing:
-        bench.base.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(bench.base.model)
     if accelerator.is_main_process:
         write_atomic(folder / CONFIG, dump_yaml(config.replace(tasks=tasks)))
     accelerator.wait_for_everyone()
@@ -131,6 +131,7 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
         (folder / PREEMPTED).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    accelerator.free_memory()
     return result
 
 
@@ -264,6 +265,16 @@ class _RunningLoss:
         self.sum.zero_()
         self.count = 0
         return mean
+
+
+def checkpoint_activations(model) -> None:
+    """Recompute activations in the backward pass, without making autograd visit every layer.
+
+    transformers lets the embedding's output require a gradient, which reentrant checkpointing alone needs:
+    autograd would go below the lowest active layer.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
 
 
 def _clip(accelerator: Accelerator, trained: list, max_norm: float) -> torch.Tensor:

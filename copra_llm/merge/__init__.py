@@ -74,7 +74,7 @@ def _check_pair(first: AdapterWeights, other: AdapterWeights, same_targets: bool
         if unread is not None:
             raise InputError(f"{adapter.source} holds {unread}, and only the factors A and B of linear layers can be "
                              "merged; train without it")  # fmt: skip
-    for name in first.factors.keys() & other.factors.keys():
+    for name in sorted(first.factors.keys() & other.factors.keys()):
         a, b = (tuple(f.lora_B.shape[:1] + f.lora_A.shape[1:]) for f in (first.factors[name], other.factors[name]))
         if a != b:
             raise InputError(f"{both} differ in the shape of {name}: {a} and {b}; merge adapters of one base")
@@ -84,13 +84,12 @@ def _check_pair(first: AdapterWeights, other: AdapterWeights, same_targets: bool
     if same_targets and first.factors.keys() != other.factors.keys():
         only = sorted(first.factors.keys() ^ other.factors.keys())[0]
         raise InputError(f"only one of {both} adapts {only}; fusion needs equal targets, use --method mixture")
-    if first.extras.keys() != other.extras.keys() or any(
-        not torch.equal(first.extras[key], other.extras[key]) for key in first.extras
-    ):
-        differing = sorted(set(first.extras) ^ set(other.extras)) or sorted(first.extras)
-        raise InputError(f"{both} differ in {differing[0]}, which is no LoRA factor and cannot be merged; "
+    for key in sorted(first.extras.keys() | other.extras.keys()):
+        if key in first.extras and key in other.extras and torch.equal(first.extras[key], other.extras[key]):
+            continue
+        raise InputError(f"{both} differ in {key}, which is no LoRA factor and cannot be merged; "
                          "train with the same frozen one")  # fmt: skip
-    for task in first.heads.keys() & other.heads.keys():
+    for task in sorted(first.heads.keys() & other.heads.keys()):
         if not torch.equal(first.heads[task], other.heads[task]):
             raise InputError(f"{both} have different heads for {task.removesuffix('.weight')}, and heads cannot be "
                              "merged; train without --train_head and with one --head_seed")  # fmt: skip
