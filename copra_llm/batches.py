@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from copra_llm.tasks.mtl15 import Example, Task
@@ -93,13 +94,13 @@ def train_loader(classifier, splits: list[EncodedSplit], stream: BatchStream) ->
         split = rows[0][0]
         return classifier.collate(split.task, [s.encoded[i] for s, i in rows], [s.labels[i] for s, i in rows])
 
-    return DataLoader(_Rows(splits), batch_sampler=stream, collate_fn=collate)
+    # An iterator draws a seed as it starts, by default from the global generator: that would move the dropout of a
+    # run's first step, and of the first after resuming.
+    return DataLoader(_Rows(splits), batch_sampler=stream, collate_fn=collate, generator=torch.Generator())
 
 
 def eval_loader(classifier, split: EncodedSplit, batch_size: int) -> DataLoader:
     """Every example once, longest first (so that memory runs out at once or not at all), with its `index`."""
-    import torch
-
     order = np.argsort(-split.lengths, kind="stable")
 
     def collate(indices: list[int]) -> dict:

@@ -77,8 +77,9 @@ class ScheduleSettings:
         try:
             re.compile(self.layer_pattern or "")
         except re.error as error:
-            raise InputError(f"--layer_pattern is {self.layer_pattern!r}, which is no regular expression: {error}") \
-                from None
+            raise InputError(
+                f"--layer_pattern is {self.layer_pattern!r}, which is no regular expression: {error}"
+            ) from None
 
     def schedule(self) -> Schedule:
         """The method's schedule with the settings that were given in its place."""
@@ -108,14 +109,18 @@ class DataSettings:
     def __post_init__(self):
         if not self.tasks:
             raise InputError("--tasks is empty; name at least one task")
+        twice = next((task for i, task in enumerate(self.tasks) if task in self.tasks[:i]), None)
+        if twice is not None:
+            raise InputError(f"--tasks names {twice} twice; name each task once")
         for name in ("max_length", "max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} is {value}, but must be at least 1")
 
 
-TRACKERS = ("tensorboard", "wandb")
-"""Names of `--report_to`."""
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+              "inverse_sqrt")  # fmt: skip
+"""Those of transformers.get_scheduler that need nothing beyond the numbers of steps."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class TrainSettings:
     per_device_eval_batch_size: int = setting(64, "Examples a device takes in one evaluation pass.")
     gradient_accumulation_steps: int = setting(1, "Forward passes to one optimizer step; they share one mask.")
     learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.")
-    lr_scheduler_type: str = setting("cosine", "Any name transformers.get_scheduler knows.")
+    lr_scheduler_type: str = setting("cosine", f"One of {', '.join(SCHEDULERS)}.")
     warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm (of the active layers); 0: never.")
@@ -167,10 +172,11 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise InputError(f"--{name} is {value}, but must not be negative")
-        for tracker in self.report_to:
-            if tracker not in TRACKERS:
-                hint = nearest(tracker, TRACKERS)
-                raise InputError(f'--report_to names "{tracker}"{hint}, but must be among {", ".join(TRACKERS)}')
+            if name.endswith("seed") and value is not None and value >= 2**64:
+                raise InputError(f"--{name} is {value}, but a seed must be less than 2**64")
+        if self.lr_scheduler_type not in SCHEDULERS:
+            hint, known = nearest(self.lr_scheduler_type, SCHEDULERS), ", ".join(SCHEDULERS)
+            raise InputError(f'--lr_scheduler_type is "{self.lr_scheduler_type}"{hint}, but must be one of {known}')
         if any(not 0.0 < fraction <= 1.0 for fraction in self.checkpoint_at):
             raise InputError(f"--checkpoint_at is {self.checkpoint_at}, but fractions must lie in (0, 1]")
         if self.bf16 and self.fp16:
@@ -228,7 +234,7 @@ def parse_run_config(argv: list[str] | None = None, description: str | None = No
     Raises:
         InputError: for an unknown flag or key, a value of the wrong kind, or settings that contradict.
     """
-    from transformers import HfArgumentParser, SchedulerType
+    from transformers import HfArgumentParser
 
     argv = list(sys.argv[1:] if argv is None else argv)
     groups = _groups()
@@ -246,13 +252,7 @@ def parse_run_config(argv: list[str] | None = None, description: str | None = No
         raise
     except (ValueError, TypeError, argparse.ArgumentError) as error:
         raise InputError(f"command line: {error}; see --help") from None
-    config = RunConfig(**dict(zip((group.name for group in dataclasses.fields(RunConfig)), parts, strict=True)))
-    # Here, not in TrainSettings: the names are transformers', and settings are read without importing it.
-    scheduler, known = config.train.lr_scheduler_type, [s.value for s in SchedulerType]
-    if scheduler not in known:
-        hint = nearest(scheduler, known)
-        raise InputError(f'--lr_scheduler_type is "{scheduler}"{hint}, but must be one of {", ".join(known)}')
-    return config
+    return RunConfig(**dict(zip((group.name for group in dataclasses.fields(RunConfig)), parts, strict=True)))
 
 
 def dump_yaml(config: RunConfig) -> str:

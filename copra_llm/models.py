@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import struct
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ _AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "enco
 
 
 def kind_of(config) -> str:
-    """"causal", "seq2seq" or "encoder", by the configuration's architecture."""
+    """By the configuration's architecture: "causal", "seq2seq" or "encoder"."""
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     architecture = (getattr(config, "architectures", None) or [""])[0]
@@ -280,7 +281,7 @@ def _converted_gguf(path: Path) -> Path:
         with _quiet():
             loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except _UNREADABLE as error:
+    except (*_UNREADABLE, IndexError, struct.error) as error:
         first = " ".join(str(error).split())[:200]
         raise InputError(f"{path} could not be read as a GGUF model: {first}") from None
     # transformers flags the loaded model as quantised and refuses to save it: move the weights to a plain one.
@@ -290,7 +291,7 @@ def _converted_gguf(path: Path) -> Path:
     config.architectures = [type(loaded).__name__]
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
-    with atomic_folder(folder) as fresh:
+    with atomic_folder(folder) as fresh, _quiet():
         plain.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
     return folder

@@ -88,9 +88,14 @@ def connectivity_cells(results: Iterable[Result]) -> list[Cell]:
             groups[key][c["merge_method"]].append(r)
     rank = {method: i for i, method in enumerate(ORDER)}
     return [
-        Cell(*key, curves={m: groups[key][m] for m in sorted(groups[key])})
+        Cell(*key, curves={m: sorted(groups[key][m], key=_seeds) for m in sorted(groups[key])})
         for key in sorted(groups, key=lambda k: (k[0], k[1], rank.get(k[2], 9)))
     ]
+
+
+def _seeds(curve: Result) -> list[int]:
+    """In this order the curves of two methods are pairs, as far as both have the same seeds."""
+    return curve.config.get("seeds", [])
 
 
 def pair_outcomes(curves: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
@@ -118,9 +123,14 @@ def difference_estimate(first: Sequence[Result], second: Sequence[Result]) -> Es
 
 
 def loss_difference_estimate(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
-    """Merged loss of the first minus the second, in nats; Student's t over the pairs of equal seeds."""
-    by_seeds = [{tuple(c.config["seeds"]): mean_metric([c], "loss@0.5") for c in curves} for curves in (first, second)]
+    """Merged loss of the first minus the second, in nats; Student's t over the pairs of equal seeds, if there are."""
+    by_seeds = [
+        {tuple(c.config["seeds"]): mean_metric([c], "loss@0.5") for c in curves if "seeds" in c.config}
+        for curves in (first, second)
+    ]
     shared = sorted(by_seeds[0].keys() & by_seeds[1].keys())
+    if not shared:
+        return Estimate(mean_metric(first, "loss@0.5") - mean_metric(second, "loss@0.5"), math.nan, math.nan)
     return seed_estimate([by_seeds[0][seeds] - by_seeds[1][seeds] for seeds in shared])
 
 
@@ -200,8 +210,13 @@ def training_table(results: Iterable[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""97.5 % quantile of Student's t for n samples (n - 1 degrees of freedom)."""
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def t_975(df: int) -> float:
+    """97.5 % quantile of Student's t with `df` degrees of freedom; beyond the table by its expansion around z."""
+    z = 1.959964
+    return T_975.get(df) or z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
 
 
 def seed_estimate(values: Sequence[float]) -> Estimate:
@@ -209,7 +224,7 @@ def seed_estimate(values: Sequence[float]) -> Estimate:
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return Estimate(mean, math.nan, math.nan)
-    half = T_975.get(n, 1.96) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = t_975(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Estimate(mean, mean - half, mean + half)
 
 
@@ -263,7 +278,8 @@ def plot_curves(records: Sequence[Result], stem: Path) -> list[Path]:
             for row, quantity in enumerate(("accuracy", "loss")):
                 axis = axes[row, column]
                 grid = np.array(groups[label][0].data["alpha"])
-                values = np.array([r.data[quantity] for r in groups[label] if len(r.data["alpha"]) == len(grid)])
+                points = [r.data[quantity] for r in groups[label] if len(r.data["alpha"]) == len(grid)]
+                values = np.array(points, dtype=float)  # a loss that was not finite is None: a gap
                 (line,) = axis.plot(grid, values.mean(0), label=NAMES.get(label, label), color=COLOURS.get(label),
                                     marker="o", markersize=3)  # fmt: skip
                 if len(values) > 1:

@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ ADAPTER, RESULT, CONFIG, PREEMPTED = "adapter", "result.json", "config.yaml", "P
 # Settings that may differ between a checkpoint's run and the one that resumes it.
 _FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps", "eval_steps",
                    "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "data_root",
-                   "metrics"}  # fmt: skip
+                   "metrics", "tasks"}  # fmt: skip
 
 
 class Preempted(Exception):
@@ -88,7 +89,8 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
     Args:
         config: the run's settings.
         tasks: one task, or several that share the adapter.
-        folder: where to write; a finished run found there is returned as it is if the config asks to resume.
+        folder: where to write; if the config asks to resume, the record of a finished run with these settings found
+            there is returned as it is.
 
     Raises:
         InputError: for wrong input, or a run that keeps diverging.
@@ -96,15 +98,14 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
     """
     started = time.time()
     if config.train.resume_from_checkpoint == "latest" and (folder / RESULT).is_file():
-        return read_result(folder / RESULT)
+        finished = read_result(folder / RESULT)
+        _refuse_other_settings(folder / RESULT, finished.config, config)
+        return finished
     accelerator = _accelerator(config, folder)
     more_metrics = load_metrics(config.train.metrics)
     bench = build(config, tasks)
     if config.train.gradient_checkpointing:
         checkpoint_activations(bench.base.model)
-    if accelerator.is_main_process:
-        write_atomic(folder / CONFIG, dump_yaml(config.replace(tasks=tasks)))
-    accelerator.wait_for_everyone()
     progress = fit(accelerator, bench, config, folder)
 
     metrics: dict[str, float] = {}
@@ -147,6 +148,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     # Not prepared: Accelerate would step it once a process, but rate and p(t) count optimizer steps.
     scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, total_steps)
     progress = _resume(config, folder, classifier, optimizer, scheduler)
+    _claim(accelerator, folder, config.replace(tasks=[task.name for task in bench.tasks]))
     micro_steps = settings.gradient_accumulation_steps * accelerator.num_processes
     stream = BatchStream(
         splits,
@@ -201,7 +203,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
                 watch.read(step)
                 _save_checkpoint(accelerator, classifier, optimizer, config, folder, progress)
                 if regular:
-                    _rotate(accelerator, folder, settings, keep_at)
+                    _rotate(accelerator, folder, settings, keep_at, progress.step)
             if stopping and not last:
                 if accelerator.is_main_process:
                     write_atomic(folder / PREEMPTED, f"stopped by SIGTERM after step {progress.step}\n")
@@ -405,19 +407,36 @@ def _resume(config: RunConfig, folder: Path, classifier, optimizer, scheduler) -
     if not (checkpoint / "state.json").is_file():
         raise InputError(f"--resume_from_checkpoint names {checkpoint}, which holds no state.json; give a checkpoint")
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    before, now = state.pop("config"), config.flat()
-    for key in now:
-        if key not in _FREE_ON_RESUME and key != "tasks" and before.get(key) != now[key]:
-            raise InputError(f"{checkpoint} was trained with {key} = {before.get(key)}, but this run has "
-                             f"{key} = {now[key]}; resume with the same settings, or start anew elsewhere")  # fmt: skip
+    _refuse_other_settings(checkpoint, state.pop("config"), config)
     set_peft_model_state_dict(classifier.model, load_file(checkpoint / "adapter_model.safetensors"))
     for task, head in read_heads(checkpoint).items():
         classifier.heads[task].data.copy_(head)
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
     progress = Progress(**state)
-    for _ in range(progress.step):
-        scheduler.step()
+    with warnings.catch_warnings():
+        # The rate is brought to where it was; the steps it waits for were taken by the run that was stopped.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        for _ in range(progress.step):
+            scheduler.step()
     return progress
+
+
+def _claim(accelerator: Accelerator, folder: Path, config: RunConfig) -> None:
+    """Write the run's settings, once nothing is left to be refused.
+
+    A record says that a run is finished: one of an earlier run must not outlive the start of this one.
+    """
+    if accelerator.is_main_process:
+        (folder / RESULT).unlink(missing_ok=True)
+        write_atomic(folder / CONFIG, dump_yaml(config))
+    accelerator.wait_for_everyone()
+
+
+def _refuse_other_settings(place: Path, before: dict[str, Any], config: RunConfig) -> None:
+    for key, now in config.flat().items():
+        if key not in _FREE_ON_RESUME and before.get(key) != now:
+            raise InputError(f"{place} was trained with {key} = {before.get(key)}, but this run has {key} = {now}; "
+                             "resume with the same settings, or start anew elsewhere")  # fmt: skip
 
 
 def _latest_checkpoint(folder: Path) -> Path | None:
@@ -426,15 +445,17 @@ def _latest_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda c: int(c.name.rsplit("-", 1)[1]), default=None)
 
 
-def _rotate(accelerator: Accelerator, folder: Path, settings, keep_at: set[int]) -> None:
+def _rotate(accelerator: Accelerator, folder: Path, settings, keep_at: set[int], newest: int) -> None:
     """Remove the oldest `save_steps` checkpoints beyond `save_total_limit`; those of `checkpoint_at` stay."""
     import shutil
 
     if settings.save_total_limit is None or not accelerator.is_main_process:
         return
     steps = sorted(int(c.name.rsplit("-", 1)[1]) for c in folder.glob("checkpoint-*"))
-    for step in [s for s in steps if s not in keep_at][: -settings.save_total_limit]:
+    # Later ones are of another run in this folder: counting them would remove what was just saved.
+    for step in [s for s in steps if s not in keep_at and s <= newest][: -settings.save_total_limit]:
         # Renamed first: a kill in the middle leaves no torn checkpoint under its name.
         doomed = folder / f".removed-{step}"
+        shutil.rmtree(doomed, ignore_errors=True)
         os.replace(folder / f"checkpoint-{step}", doomed)
         shutil.rmtree(doomed)

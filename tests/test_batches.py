@@ -19,7 +19,8 @@ GOLDEN_TWO = [[(1, 1), (1, 0)], [(0, 3), (0, 4)], [(1, 5), (1, 3)]]
 def make_split(n: int, seed: int = 0) -> EncodedSplit:
     """A split of `n` examples with lengths 4 .. 60."""
     lengths = np.random.default_rng(seed).integers(4, 61, n)
-    return EncodedSplit(get_task("sst2"), [[i] * int(k) for i, k in enumerate(lengths)], [i % 2 for i in range(n)], lengths)
+    encoded = [[i] * int(k) for i, k in enumerate(lengths)]
+    return EncodedSplit(get_task("sst2"), encoded, [i % 2 for i in range(n)], lengths)
 
 
 def stream(*sizes: int, batch: int = 4, seed: int = 0, start: int = 0, stop: int = 3 * WINDOW) -> list:

@@ -115,13 +115,15 @@ def read_jsonl(path: Path, task: Task) -> list[Example]:
         raise InputError(f"{path} does not exist; {task.name} needs a JSONL file with {_columns(task)} on each line")
     label_ids = {label: i for i, label in enumerate(task.labels)}
     examples = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{place} is not UTF-8 text (byte {error.start + 1}); mend it") from None
             except json.JSONDecodeError as error:
                 raise InputError(f"{place} is not JSON ({error.msg}, column {error.colno}); mend it") from None
             if not isinstance(row, dict):
