@@ -14,14 +14,10 @@ Source: CopRA (arXiv 2410.22911), section 2.1.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import signal
 import sys
 import time
-import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +26,30 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from copra_llm.batches import BatchStream, train_loader
 from copra_llm.build import Workbench, build
-from copra_llm.classifiers import read_heads
-from copra_llm.config import RunConfig, dump_yaml
+from copra_llm.checkpoint import (
+    ADAPTER,
+    PREEMPTED,
+    RESULT,
+    Progress,
+    claim,
+    refuse_other_settings,
+    resume,
+    rotate,
+    save_adapter,
+    save_checkpoint,
+)
+from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.evaluate import evaluate, load_metrics
 from copra_llm.gates import LayerGates
 from copra_llm.masks import sample_mask
 from copra_llm.results import (
     Result,
-    atomic_folder,
     environment,
     pack_bits,
     peak_memory_bytes,
@@ -54,33 +58,9 @@ from copra_llm.results import (
     write_result,
 )
 
-ADAPTER, RESULT, CONFIG, PREEMPTED = "adapter", "result.json", "config.yaml", "PREEMPTED"
-"""What a run writes into its folder."""
-
-# Settings that may differ between a checkpoint's run and the one that resumes it.
-_FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps", "eval_steps",
-                   "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "data_root",
-                   "metrics", "tasks"}  # fmt: skip
-
 
 class Preempted(Exception):
     """The run was asked to stop (SIGTERM) and has saved a checkpoint."""
-
-
-@dataclass
-class Progress:
-    """Where a run is, and what it has logged."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    log: list[dict[str, float]] = field(default_factory=list)
-    """One entry every `logging_steps`: step, loss, learning_rate, activation_prob, active_layers."""
-    dev: list[dict[str, float]] = field(default_factory=list)
-    """One entry every `eval_steps`: step and the dev metrics."""
-    skipped: int = 0
-    """Steps left out because their loss was not finite."""
-    seconds: float = 0.0
-    """Time in the loop so far, evaluation and saving included."""
 
 
 def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
@@ -99,7 +79,7 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
     started = time.time()
     if config.train.resume_from_checkpoint == "latest" and (folder / RESULT).is_file():
         finished = read_result(folder / RESULT)
-        _refuse_other_settings(folder / RESULT, finished.config, config)
+        refuse_other_settings(folder / RESULT, finished.config, config)
         return finished
     accelerator = _accelerator(config, folder)
     more_metrics = load_metrics(config.train.metrics)
@@ -147,8 +127,8 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     # Not prepared: Accelerate would step it once a process, but rate and p(t) count optimizer steps.
     scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, total_steps)
-    progress = _resume(config, folder, classifier, optimizer, scheduler)
-    _claim(accelerator, folder, config.replace(tasks=[task.name for task in bench.tasks]))
+    progress = resume(config, folder, classifier, optimizer, scheduler)
+    claim(accelerator, folder, config.replace(tasks=[task.name for task in bench.tasks]))
     micro_steps = settings.gradient_accumulation_steps * accelerator.num_processes
     stream = BatchStream(
         splits,
@@ -201,9 +181,9 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
             stopping = asked_to_stop()
             if regular or stopping or progress.step in keep_at:
                 watch.read(step)
-                _save_checkpoint(accelerator, classifier, optimizer, config, folder, progress)
+                save_checkpoint(accelerator, classifier, optimizer, config, folder, progress)
                 if regular:
-                    _rotate(accelerator, folder, settings, keep_at, progress.step)
+                    rotate(accelerator, folder, settings, keep_at, progress.step)
             if stopping and not last:
                 if accelerator.is_main_process:
                     write_atomic(folder / PREEMPTED, f"stopped by SIGTERM after step {progress.step}\n")
@@ -363,99 +343,3 @@ def _sigterm():
         yield lambda: bool(received)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# --- saving and resuming ----------------------------------------------------------------------------------
-
-
-def save_adapter(classifier, folder: Path) -> None:
-    """Write a plain PEFT adapter (and an encoder's heads beside it), atomically."""
-    with atomic_folder(folder) as fresh:
-        _write_adapter(classifier, fresh)
-
-
-def _write_adapter(classifier, folder: Path) -> None:
-    config = classifier.model.peft_config["default"]
-    # PEFT keeps the modules as a set, whose order changes from process to process; the file should not.
-    if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)
-    # The Hub would only be asked whether the vocabulary was changed, and it was not.
-    classifier.model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
-    classifier.save_extras(folder)
-
-
-def _save_checkpoint(accelerator, classifier, optimizer, config: RunConfig, folder: Path, progress: Progress) -> None:
-    """`checkpoint-<step>/`: the adapter as anybody loads it, the optimizer's state, and the progress."""
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with atomic_folder(folder / f"checkpoint-{progress.step}") as fresh:
-            _write_adapter(accelerator.unwrap_model(classifier), fresh)
-            torch.save(optimizer.state_dict(), fresh / "optimizer.pt")
-            write_atomic(fresh / "state.json", json.dumps({"config": config.flat(), **vars(progress)}))
-    accelerator.wait_for_everyone()
-
-
-def _resume(config: RunConfig, folder: Path, classifier, optimizer, scheduler) -> Progress:
-    """Load the checkpoint that the config names into the parts; a fresh `Progress` if there is none."""
-    wanted = config.train.resume_from_checkpoint
-    if wanted is None:
-        return Progress()
-    checkpoint = _latest_checkpoint(folder) if wanted == "latest" else Path(wanted)
-    if checkpoint is None:
-        return Progress()
-    if not (checkpoint / "state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint names {checkpoint}, which holds no state.json; give a checkpoint")
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    _refuse_other_settings(checkpoint, state.pop("config"), config)
-    set_peft_model_state_dict(classifier.model, load_file(checkpoint / "adapter_model.safetensors"))
-    for task, head in read_heads(checkpoint).items():
-        classifier.heads[task].data.copy_(head)
-    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
-    progress = Progress(**state)
-    with warnings.catch_warnings():
-        # The rate is brought to where it was; the steps it waits for were taken by the run that was stopped.
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        for _ in range(progress.step):
-            scheduler.step()
-    return progress
-
-
-def _claim(accelerator: Accelerator, folder: Path, config: RunConfig) -> None:
-    """Write the run's settings, once nothing is left to be refused.
-
-    A record says that a run is finished: one of an earlier run must not outlive the start of this one.
-    """
-    if accelerator.is_main_process:
-        (folder / RESULT).unlink(missing_ok=True)
-        write_atomic(folder / CONFIG, dump_yaml(config))
-    accelerator.wait_for_everyone()
-
-
-def _refuse_other_settings(place: Path, before: dict[str, Any], config: RunConfig) -> None:
-    for key, now in config.flat().items():
-        if key not in _FREE_ON_RESUME and before.get(key) != now:
-            raise InputError(f"{place} was trained with {key} = {before.get(key)}, but this run has {key} = {now}; "
-                             "resume with the same settings, or start anew elsewhere")  # fmt: skip
-
-
-def _latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step; a checkpoint appears whole or not at all."""
-    found = [c for c in folder.glob("checkpoint-*") if (c / "state.json").is_file()]
-    return max(found, key=lambda c: int(c.name.rsplit("-", 1)[1]), default=None)
-
-
-def _rotate(accelerator: Accelerator, folder: Path, settings, keep_at: set[int], newest: int) -> None:
-    """Remove the oldest `save_steps` checkpoints beyond `save_total_limit`; those of `checkpoint_at` stay."""
-    import shutil
-
-    if settings.save_total_limit is None or not accelerator.is_main_process:
-        return
-    steps = sorted(int(c.name.rsplit("-", 1)[1]) for c in folder.glob("checkpoint-*"))
-    # Later ones are of another run in this folder: counting them would remove what was just saved.
-    for step in [s for s in steps if s not in keep_at and s <= newest][: -settings.save_total_limit]:
-        # Renamed first: a kill in the middle leaves no torn checkpoint under its name.
-        doomed = folder / f".removed-{step}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder / f"checkpoint-{step}", doomed)
-        shutil.rmtree(doomed)

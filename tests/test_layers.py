@@ -15,7 +15,7 @@ ROWS = [
     ["config", "paths", "schedule", "masks", "shapley", "results", "errors"],
     ["adapters", "gates", "models", "tasks", "classifiers", "batches"],
     ["merge", "build"],
-    ["train", "evaluate", "interpolate"],
+    ["train", "checkpoint", "evaluate", "interpolate"],
     ["protocols", "report"],
     ["cli"],
 ]

@@ -1,6 +1,6 @@
 """Run the plan: tune on dev, train every seed, merge all pairs, evaluate along the lines.
 
-    python eval/interpolation/run.py [--models minilm] [--tasks sst2 agnews] [--data_root FOLDER]
+    python eval/interpolation/run.py [--models minilm] [--tasks sst2 agnews] [--methods copra]
 
 Stopped and started again, it goes on where it was. The table: `copra report eval/interpolation/results`.
 """
@@ -25,12 +25,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/interpolation"), help="adapters and checkpoints")
     parser.add_argument("--models", nargs="+")
     parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--methods", nargs="+")
     parser.add_argument("--data_root")
     args = parser.parse_args()
     for model, plan in read_plan(args.plan).items():
         if args.models is None or model in args.models:
             tasks = [task for task in plan.tasks if args.tasks is None or task in args.tasks]
-            chosen = dataclasses.replace(plan, tasks=tasks)
+            methods = [method for method in plan.methods if args.methods is None or method in args.methods]
+            chosen = dataclasses.replace(plan, tasks=tasks, methods=methods)
             run_plan(model, chosen, args.results, args.work, args.data_root, functools.partial(print, flush=True))
 
 
