@@ -94,6 +94,15 @@ def test_with_factors_is_loaded_by_peft_as_promised(ranks, scalings, present, ki
         assert bool((abs(loaded[name] - f.delta_weight()) <= rounding(after, name)).all()), name
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "head"])
+def test_what_chose_the_old_modules_keeps_no_new_one_out(kind, tmp_path):
+    """Regular expressions, `layers_to_transform`, `exclude_modules`: the new factors are all loaded."""
+    peft_adapter(tmp_path / "before", **KINDS[kind])
+    factors = random_adapter(1, 2).factors
+    save_adapter_weights(load_adapter_weights(tmp_path / "before").with_factors(factors, "after"), tmp_path / "after")
+    assert deltas_loaded_by_peft(tmp_path / "after").keys() == MODULES.keys()
+
+
 def test_a_name_that_ends_another_keeps_its_own_rank(tmp_path):
     """PEFT matches rank patterns at a name's end; the patterns written here match one module alone."""
 

@@ -335,6 +335,15 @@ BAD: dict[str, tuple[Callable[[Place], list], list[str]]] = {
         ["c.yaml", 'no setting "lora_rank" (did you mean "lora_r"?)'],
     ),
     "no config": (lambda p: p.training("--config", p.folder / "c.yaml"), ["c.yaml does not exist"]),
+    "no checkpoint": (
+        lambda p: p.training("--resume_from_checkpoint", p.folder / "gone"),
+        ["--resume_from_checkpoint names", "gone, which holds no state.json"],
+    ),
+    "no layer to switch": (
+        lambda p: p.training("--lora_target_modules", "word_embeddings"),
+        ["no LoRA module inside a numbered transformer block", "--layer_pattern"],
+    ),
+    "task named twice": (lambda p: p.training("--tasks", "sst2", "sst2"), ["--tasks names sst2 twice"]),
     "output below a file": (
         lambda p: p.training("--output_dir", written(p.folder / "file", "precious") / "below"),
         ["file"],

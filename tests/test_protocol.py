@@ -62,6 +62,25 @@ def test_dev_accuracy_decides_and_dev_loss_breaks_ties():
     assert scores == sorted(scores) and len(set(scores)) == 4
 
 
+def test_a_plan_is_tuned_on_dev_accuracy(tmp_path, monkeypatch):
+    """Against dev loss, and against every test metric; all seeds are then trained at the settings chosen."""
+    trained = []
+
+    def train_adapter(config, tasks, output):
+        (output / "adapter").mkdir(parents=True)
+        rate, steps = config.train.learning_rate, config.train.max_steps
+        trained.append((config.train.seed, rate, steps))
+        best = (rate, steps) == (1e-2, 2)
+        values = {"dev/sst2/accuracy": 90.0 if best else 80.0, "dev/sst2/loss": 0.9 if best else 0.1,
+                  "test/sst2/accuracy": 10.0 if best else 99.0, "test/sst2/loss": 0.9 if best else 0.1}  # fmt: skip
+        return Result("train", config.flat(), values, environment={"base_model": "minilm"})
+
+    monkeypatch.setattr(connectivity, "train_adapter", train_adapter)
+    plan = dataclasses.replace(PLAN, methods=["lora"], learning_rate=[1e-3, 1e-2, 1e-1], points={})
+    run_plan("minilm", plan, tmp_path / "results", tmp_path / "work", None, lambda text: None)
+    assert trained == [(0, 1e-3, 2), (0, 1e-2, 2), (0, 1e-1, 2), (0, 1e-2, 3), (1, 1e-2, 2)]
+
+
 # --- the plan, run on a tiny model ------------------------------------------------------------------------
 
 
