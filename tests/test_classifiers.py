@@ -121,7 +121,7 @@ def test_padding_changes_neither_score_nor_gradient(model: str, request):
 
 
 def test_a_label_that_begins_another_is_compared_with_its_end(tiny_llama):
-    """"good" would always beat "good indeed": where one label starts another, all are scored with end-of-text."""
+    """Where one label starts another ("good", "good indeed"), all are scored with their end of text."""
     task = dataclasses.replace(get_task("amazon"), labels=("a", "b", "c"), label_words=("good", "good indeed", "bad"))
     classifier = build(tiny_llama, task)
     assert all(ids[-1] == classifier.tokenizer.eos_token_id for ids in classifier.label_ids[task.name])
