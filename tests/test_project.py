@@ -1,0 +1,53 @@
+"""Does what the project says of itself hold: the README's tables, its tree, the launch configurations?"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_tables_are_what_the_records_say():
+    """`eval/readme.py --check` makes every table anew from the committed records."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "eval" / "readme.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"run `make tables`\n{done.stderr}"
+
+
+def test_a_changed_record_would_show(tmp_path):
+    """The check can fail: a figure changed in the README is found."""
+    sys.path.insert(0, str(ROOT / "eval"))
+    import readme
+
+    first = re.search(r"\| LoRA \|[^|]*\| (\d+\.\d)", README)
+    changed = README[: first.start(1)] + "12.3" + README[first.end(1) :]
+    assert readme.filled(README) == README
+    assert readme.filled(changed) != changed
+
+
+def test_the_tree_names_every_module():
+    """A module added to the package must get its line."""
+    tree = README.split("## Where things are")[1].split("\n## ")[0]
+    for module in sorted((ROOT / "copra_llm").rglob("*.py")):
+        if module.name != "__init__.py":
+            assert module.name in tree, f"README.md's tree lacks {module.relative_to(ROOT)}"
+
+
+def test_every_link_in_the_readme_leads_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_launch_configuration_is_read_by_accelerate(path):
+    """Each file carries its launch command, and Accelerate's own parser takes it."""
+    header = path.read_text(encoding="utf-8").splitlines()[:2]
+    assert f"accelerate launch --config_file accelerate_configs/{path.name}" in header[1]
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 1
