@@ -204,7 +204,8 @@ def test_near_copies_are_found():
 
 def published_rows(name: str, count: int = 1, **changes):
     """`count` rows as published; the first text column tells them apart."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     row = {**PUBLISHED[name][0], **changes}
     first = next(iter(get_task(name).hub["fields"].values())).split(" + ")[0]
     rows = [row] if count == 1 else [{**row, first: f"{row[first]} {i}"} for i in range(count)]
@@ -318,7 +319,7 @@ def test_wrong_arguments_end_with_one_sentence(prepare, tmp_path, monkeypatch, c
 @pytest.fixture
 def hub(monkeypatch):
     """A stand-in for the Hub: imdb, sorted by label as published, with a copy of a test example in train."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
 
     def load_dataset(path, name=None, split=None, revision=None):
         assert (path, name, revision) == ("stanfordnlp/imdb", None, None)
