@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,18 @@ def test_nothing_is_done_twice(plan_folders, tiny_bert, trained):
     before = {f: f.stat().st_mtime_ns for f in plan_folders[0].rglob("*.json")}
     assert again(plan_folders, tiny_bert, trained) == ([], [])
     assert {f: f.stat().st_mtime_ns for f in plan_folders[0].rglob("*.json")} == before
+
+
+def test_records_alone_are_enough(plan_folders, tiny_bert, trained, tmp_path):
+    """A fresh checkout has the records without the adapters: nothing is trained until a curve is missing."""
+    results = shutil.copytree(plan_folders[0], tmp_path / "results")
+    assert again((results, tmp_path / "work"), tiny_bert, trained) == ([], [])
+    (curve,) = results.glob("*/sst2/copra/fusion-*.json")
+    before = read_result(curve)
+    curve.unlink()
+    runs, said = again((results, tmp_path / "work"), tiny_bert, trained)
+    assert [run[:2] for run in runs] == [("copra", 0), ("copra", 1)] and len(said) == 3
+    assert read_result(curve).data == before.data
 
 
 def test_what_is_missing_is_done(plan_folders, tiny_bert, trained):

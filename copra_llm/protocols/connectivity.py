@@ -110,10 +110,11 @@ def run_plan(model: str, plan: Plan, results: Path, work: Path, data_root: str |
             **plan.settings | {"model_name_or_path": model, "tasks": [task], "method": method, "data_root": data_root}
         )
 
-        def train(seed: int, rate: float, steps: int, base=base, task=task, records=records, scratch=scratch) -> Result:
+        def train(seed, rate, steps, adapter_wanted, base=base, task=task, records=records, scratch=scratch) -> Result:
+            """A run's record, from disk if it is there (with its adapter beside the work, where one is wanted)."""
             name = f"lr{rate:g}-steps{steps}-seed{seed}"
-            record = records / f"{name}.json"
-            if not (record.is_file() and (scratch / name / "adapter").is_dir()):
+            record, adapter = records / f"{name}.json", scratch / name / "adapter"
+            if not record.is_file() or (adapter_wanted and not adapter.is_dir()):
                 config = base.replace(
                     seed=seed, learning_rate=rate, max_steps=steps, output_dir=str(scratch / name),
                     resume_from_checkpoint="latest",
@@ -123,23 +124,25 @@ def run_plan(model: str, plan: Plan, results: Path, work: Path, data_root: str |
                 say(f"{record}: dev {result.metrics[f'dev/{task}/accuracy']:.1f} in {result.seconds:.0f} s")
             return read_result(record)
 
-        rate, steps = tune(lambda r, s: dev_score(train(plan.seeds[0], r, s), task), plan)  # noqa: B023
+        rate, steps = tune(lambda r, s: dev_score(train(plan.seeds[0], r, s, False), task), plan)  # noqa: B023
+        lines = {
+            (pair, merge_method): records / f"{merge_method}-lr{rate:g}-steps{steps}-seeds{pair[0]}-{pair[1]}.json"
+            for pair, merge_method in itertools.product(itertools.combinations(plan.seeds, 2), plan.points)
+        }
+        missing = {line: record for line, record in lines.items() if not record.is_file()}
         for seed in plan.seeds:
-            train(seed, rate, steps)
-        folders = {seed: scratch / f"lr{rate:g}-steps{steps}-seed{seed}" for seed in plan.seeds}
-        for (a, b), merge_method in itertools.product(itertools.combinations(plan.seeds, 2), plan.points):
-            record = records / f"{merge_method}-lr{rate:g}-steps{steps}-seeds{a}-{b}.json"
-            if not record.is_file():
-                curve = pair_curve(
-                    [folders[a], folders[b]],
-                    base.replace(learning_rate=rate, max_steps=steps),
-                    task,
-                    merge_method,
-                    plan.points[merge_method],
-                    {"seeds": [a, b]},
-                )
-                write_result(record, _portable(curve))
-                say(f"{record}: drop in the middle {curve.metrics[f'test/{task}/middle_drop']:.1f}")
+            train(seed, rate, steps, any(seed in pair for pair, _ in missing))
+        for (pair, merge_method), record in missing.items():
+            curve = pair_curve(
+                [scratch / f"lr{rate:g}-steps{steps}-seed{seed}" for seed in pair],
+                base.replace(learning_rate=rate, max_steps=steps),
+                task,
+                merge_method,
+                plan.points[merge_method],
+                {"seeds": list(pair)},
+            )
+            write_result(record, _portable(curve))
+            say(f"{record}: drop in the middle {curve.metrics[f'test/{task}/middle_drop']:.1f}")
 
 
 def tune(score, plan: Plan) -> tuple[float, int]:
