@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from copra_llm.batches import EncodedSplit, encode_split
 from copra_llm.classifiers import Classifier, build_classifier, make_head, read_heads
-from copra_llm.config import RunConfig
+from copra_llm.config import DataSettings, RunConfig
 from copra_llm.models import Base, add_adapter, load_adapter, load_base
 from copra_llm.paths import data_root
 from copra_llm.tasks.mtl15 import SPLITS, Task, get_task, load_split
@@ -45,9 +47,8 @@ def build(
     base = load_base(config.model)
     heads = {}
     if base.kind == "encoder":
-        kind = AUTO_HEAD if config.data.head == "auto" else config.data.head
-        saved = read_heads(adapter) if adapter is not None else {}
-        heads = {t.name: saved.get(t.name, make_head(base, t, kind, config.data.head_seed)) for t in chosen}
+        heads = read_heads(adapter) if adapter is not None else {}
+        heads |= {t.name: fixed_head(base, t, config.data) for t in chosen if t.name not in heads}
     if adapter is None:
         model = add_adapter(base, config.lora, config.train.seed_of("init"))
     else:
@@ -60,3 +61,9 @@ def build(
         for split, per_task in examples.items()
     }
     return Workbench(base, classifier, chosen, encoded)
+
+
+def fixed_head(base: Base, task: Task, settings: DataSettings) -> Tensor:
+    """An encoder's head for a task `(num_labels, hidden)`, as the settings want it; no adapter may be active."""
+    kind = AUTO_HEAD if settings.head == "auto" else settings.head
+    return make_head(base, task, kind, settings.head_seed)

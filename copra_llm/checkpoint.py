@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from copra_llm.adapters import WEIGHTS_FILE
 from copra_llm.classifiers import read_heads
 from copra_llm.config import RunConfig, dump_yaml
 from copra_llm.errors import InputError
@@ -27,6 +28,8 @@ from copra_llm.results import atomic_folder, write_atomic
 
 ADAPTER, RESULT, CONFIG, PREEMPTED = "adapter", "result.json", "config.yaml", "PREEMPTED"
 """What a run writes into its folder."""
+STATE, OPTIMIZER = "state.json", "optimizer.pt"
+"""What a checkpoint holds beside the adapter."""
 
 # Settings that may differ between a checkpoint's run and the one that resumes it.
 _FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps", "eval_steps",
@@ -73,8 +76,8 @@ def save_checkpoint(accelerator, classifier, optimizer, config: RunConfig, folde
     if accelerator.is_main_process:
         with atomic_folder(folder / f"checkpoint-{progress.step}") as fresh:
             _write_adapter(accelerator.unwrap_model(classifier), fresh)
-            torch.save(optimizer.state_dict(), fresh / "optimizer.pt")
-            write_atomic(fresh / "state.json", json.dumps({"config": config.flat(), **vars(progress)}))
+            torch.save(optimizer.state_dict(), fresh / OPTIMIZER)
+            write_atomic(fresh / STATE, json.dumps({"config": config.flat(), **vars(progress)}))
     accelerator.wait_for_everyone()
 
 
@@ -86,14 +89,14 @@ def resume(config: RunConfig, folder: Path, classifier, optimizer, scheduler) ->
     checkpoint = _latest_checkpoint(folder) if wanted == "latest" else Path(wanted)
     if checkpoint is None:
         return Progress()
-    if not (checkpoint / "state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint names {checkpoint}, which holds no state.json; give a checkpoint")
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    if not (checkpoint / STATE).is_file():
+        raise InputError(f"--resume_from_checkpoint names {checkpoint}, which holds no {STATE}; give a checkpoint")
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     refuse_other_settings(checkpoint, state.pop("config"), config)
-    set_peft_model_state_dict(classifier.model, load_file(checkpoint / "adapter_model.safetensors"))
+    set_peft_model_state_dict(classifier.model, load_file(checkpoint / WEIGHTS_FILE))
     for task, head in read_heads(checkpoint).items():
         classifier.heads[task].data.copy_(head)
-    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER, weights_only=True))
     progress = Progress(**state)
     with warnings.catch_warnings():
         # The rate is brought to where it was; the steps it waits for were taken by the run that was stopped.
@@ -123,13 +126,12 @@ def refuse_other_settings(place: Path, before: dict[str, Any], config: RunConfig
 
 def _latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step; a checkpoint appears whole or not at all."""
-    found = [c for c in folder.glob("checkpoint-*") if (c / "state.json").is_file()]
+    found = [c for c in folder.glob("checkpoint-*") if (c / STATE).is_file()]
     return max(found, key=lambda c: int(c.name.rsplit("-", 1)[1]), default=None)
 
 
 def rotate(accelerator: Accelerator, folder: Path, settings, keep_at: set[int], newest: int) -> None:
     """Remove the oldest `save_steps` checkpoints beyond `save_total_limit`; those of `checkpoint_at` stay."""
-
     if settings.save_total_limit is None or not accelerator.is_main_process:
         return
     steps = sorted(int(c.name.rsplit("-", 1)[1]) for c in folder.glob("checkpoint-*"))

@@ -12,22 +12,18 @@ Source: CopRA (arXiv 2410.22911), section 3.1 and figure 3.
 
 from __future__ import annotations
 
-import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
-from peft import set_peft_model_state_dict
 
-from copra_llm.adapters import AdapterWeights, save_adapter_weights
-from copra_llm.batches import EncodedSplit
-from copra_llm.build import Workbench
+from copra_llm.adapters import AdapterWeights
+from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
-from copra_llm.evaluate import Evaluation, evaluate
+from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.merge import merge
-from copra_llm.results import Result, environment, pack_bits, peak_memory_bytes
+from copra_llm.results import Result, pack_bits, peak_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -101,49 +97,57 @@ def bootstrap_mean(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tupl
 def interpolate(
     first: AdapterWeights,
     second: AdapterWeights,
+    evaluator: AdapterEvaluator,
+    task: str,
     *,
     method: str,
     alphas: np.ndarray,
-    bench_of: Callable[[Path], Workbench],
-    split: str,
-    task: str,
-    batch_size: int,
     progress: Callable = iter,
 ) -> Curve:
     """Evaluate the merge of two adapters at every weight.
 
     Args:
         first, second: the ends; `first` has weight alpha.
+        evaluator: the model and the split.
+        task: what is evaluated.
         method: a key of `copra_llm.merge.METHODS`.
         alphas: weights of the first adapter `(points,)`.
-        bench_of: builds the model with the adapter found in a folder, and the data; called once.
-        split, task: what is evaluated.
-        batch_size: examples in one forward pass.
         progress: wraps the iterable of weights, e.g. `tqdm`.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        # Any point of the line has the shapes of all of them.
-        save_adapter_weights(merge([first, second], method, [0.5, 0.5]), Path(scratch) / "adapter")
-        bench = bench_of(Path(scratch) / "adapter")
-    accelerator = Accelerator()
-    bench.classifier.to(accelerator.device)
-    examples = bench.splits[split][task]
-    outcomes = [
-        evaluate_weights(accelerator, bench, merge([first, second], method, [a, 1 - a]), examples, batch_size)
-        for a in progress(list(map(float, alphas)))
-    ]
+    outcomes = [evaluator(merge([first, second], method, [a, 1 - a]), task) for a in progress(list(map(float, alphas)))]
     return Curve(np.asarray(alphas), np.stack([o.correct for o in outcomes]), np.stack([o.nll for o in outcomes]))
 
 
-def evaluate_weights(
-    accelerator: Accelerator, bench: Workbench, weights: AdapterWeights, examples: EncodedSplit, batch_size: int
-) -> Evaluation:
-    """Swap weights of the loaded adapter's shapes into the model, and evaluate."""
-    set_peft_model_state_dict(bench.classifier.model, weights.state_dict())
-    return evaluate(accelerator, bench.classifier, examples, batch_size)
+def line_record(
+    ends: list[AdapterWeights],
+    config: RunConfig,
+    task: str,
+    *,
+    method: str,
+    points: int,
+    split: str = "test",
+    settings: dict | None = None,
+    progress: Callable = iter,
+) -> Result:
+    """The line between two adapters as a result record.
+
+    Args:
+        ends: the two adapters.
+        config: the run's settings: model, data, batch size; kept in the record.
+        task, split: what is evaluated.
+        method: a key of `copra_llm.merge.METHODS`.
+        points: of the line, both ends and the middle among them.
+        settings: more entries for the record's config.
+        progress: wraps the iterable of weights.
+    """
+    started = time.time()
+    evaluator = AdapterEvaluator(config, [task], split)
+    curve = interpolate(*ends, evaluator, task, method=method, alphas=line(points), progress=progress)
+    own = {"label": config.schedule.method, "merge_method": method, "split": split, "task": task, "points": points}
+    return curve_record(curve, own | (settings or {}) | config.flat(), evaluator, time.time() - started)
 
 
-def curve_record(curve: Curve, settings: dict, bench: Workbench, seconds: float) -> Result:
+def curve_record(curve: Curve, settings: dict, evaluator: AdapterEvaluator, seconds: float) -> Result:
     """A curve as a result record; `settings` must hold split and task."""
     where = f"{settings['split']}/{settings['task']}"
     drop, low, high = curve.middle_drop()
@@ -174,5 +178,5 @@ def curve_record(curve: Curve, settings: dict, bench: Workbench, seconds: float)
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         data=data,
-        environment=environment(base_model=bench.base.source.name, base_fingerprint=bench.base.fingerprint),
+        environment=evaluator.environment(),
     )

@@ -15,6 +15,7 @@ from copra_llm.build import build
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.evaluate import evaluate
+from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.interpolate import Curve, bootstrap_mean, curve_record, interpolate, line
 from copra_llm.results import unpack_bits
 
@@ -126,15 +127,12 @@ def alone(config: RunConfig, folder: Path):
 
 
 def along(config: RunConfig, folders: list[Path], method: str, points: int = 3) -> Curve:
-    return interpolate(
-        *(load_adapter_weights(folder) for folder in folders),
-        method=method,
-        alphas=line(points),
-        bench_of=lambda folder: build(config, ["sst2"], adapter=folder, splits=("test",)),
-        split="test",
-        task="sst2",
-        batch_size=8,
-    )
+    ends = map(load_adapter_weights, folders)
+    return interpolate(*ends, evaluator_of(config), "sst2", method=method, alphas=line(points))
+
+
+def evaluator_of(config: RunConfig) -> AdapterEvaluator:
+    return AdapterEvaluator(config.replace(per_device_eval_batch_size=8), ["sst2"], "test")
 
 
 @pytest.mark.parametrize("method", ["fusion", "mixture"])
@@ -174,16 +172,8 @@ def test_the_model_is_loaded_once_for_all_points(ends, monkeypatch):
             seen.append(point)
             yield point
 
-    curve = interpolate(
-        *(load_adapter_weights(folder) for folder in folders),
-        method="fusion",
-        alphas=line(5),
-        bench_of=lambda folder: build(config, ["sst2"], adapter=folder, splits=("test",)),
-        split="test",
-        task="sst2",
-        batch_size=8,
-        progress=progress,
-    )
+    ends = map(load_adapter_weights, folders)
+    curve = interpolate(*ends, evaluator_of(config), "sst2", method="fusion", alphas=line(5), progress=progress)
     assert len(loads) == 1
     assert seen == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert curve.correct.shape == curve.nll.shape == (5, 20)
@@ -202,20 +192,19 @@ def test_adapters_that_do_not_fit_are_refused_before_the_model_is_loaded(ends, t
     config, folders = ends
     wider = tiny_adapter(Path(config.model.model_name_or_path), tmp_path / "wide", seed=3, r=6)
 
-    def bench_of(folder):
-        raise AssertionError("the model was loaded")
-
+    evaluator = evaluator_of(config)
     with pytest.raises(InputError, match="rank: 4 and 6"):
-        interpolate(*map(load_adapter_weights, (folders[0], wider)), method="fusion", alphas=line(3),
-                    bench_of=bench_of, split="test", task="sst2", batch_size=8)  # fmt: skip
+        interpolate(*map(load_adapter_weights, (folders[0], wider)), evaluator, "sst2", method="fusion", alphas=line(3))
+    with pytest.raises(ValueError, match="no adapter has been attached"):
+        _ = evaluator.bench
 
 
 def test_record_of_a_curve(ends):
     """The points, the outcomes of every example, and metrics that follow from them."""
     config, folders = ends
-    curve = along(config, folders, "fusion", points=5)
-    bench = build(config, ["sst2"], adapter=folders[0], splits=("test",))
-    record = curve_record(curve, {"split": "test", "task": "sst2"}, bench, seconds=1.5)
+    evaluator, ends = evaluator_of(config), map(load_adapter_weights, folders)
+    curve = interpolate(*ends, evaluator, "sst2", method="fusion", alphas=line(5))
+    record = curve_record(curve, {"split": "test", "task": "sst2"}, evaluator, seconds=1.5)
     assert record.protocol == "interpolation" and record.seconds == 1.5
     assert record.data["alpha"] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert [unpack_bits(row) for row in record.data["correct"]] == curve.correct.astype(int).tolist()
@@ -224,4 +213,4 @@ def test_record_of_a_curve(ends):
     assert (m["loss@0"], m["loss@0.5"], m["loss@1"]) == tuple(curve.loss[[0, 2, 4]])
     assert m["accuracy_barrier"] == curve.accuracy_barrier() and m["loss_barrier"] == curve.loss_barrier()
     assert (m["middle_drop"], m["middle_drop_low"], m["middle_drop_high"]) == curve.middle_drop()
-    assert record.environment["base_fingerprint"] == bench.base.fingerprint
+    assert record.environment["base_fingerprint"] == evaluator.bench.base.fingerprint

@@ -17,16 +17,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from copra_llm.adapters import load_adapter_weights
-from copra_llm.build import build
 from copra_llm.config import RunConfig, read_yaml, typed, typed_settings
 from copra_llm.errors import InputError
-from copra_llm.interpolate import curve_record, interpolate, line
+from copra_llm.interpolate import line, line_record
 from copra_llm.merge import check_method
 from copra_llm.results import Result, read_result, write_result
 from copra_llm.tasks.mtl15 import get_task
@@ -133,13 +131,13 @@ def run_plan(model: str, plan: Plan, results: Path, work: Path, data_root: str |
         for seed in plan.seeds:
             train(seed, rate, steps, any(seed in pair for pair, _ in missing))
         for (pair, merge_method), record in missing.items():
-            curve = pair_curve(
-                [scratch / f"lr{rate:g}-steps{steps}-seed{seed}" for seed in pair],
+            curve = line_record(
+                [load_adapter_weights(scratch / f"lr{rate:g}-steps{steps}-seed{seed}") for seed in pair],
                 base.replace(learning_rate=rate, max_steps=steps),
                 task,
-                merge_method,
-                plan.points[merge_method],
-                {"seeds": list(pair)},
+                method=merge_method,
+                points=plan.points[merge_method],
+                settings={"seeds": list(pair)},
             )
             write_result(record, _portable(curve))
             say(f"{record}: drop in the middle {curve.metrics[f'test/{task}/middle_drop']:.1f}")
@@ -159,29 +157,6 @@ def dev_score(result: Result, task: str) -> tuple[float, float]:
     """Dev accuracy, then smaller dev loss."""
     loss = result.metrics[f"dev/{task}/loss"]
     return result.metrics[f"dev/{task}/accuracy"], -math.inf if math.isnan(loss) else -loss
-
-
-def pair_curve(folders: list[Path], config: RunConfig, task: str, method: str, points: int, more: dict) -> Result:
-    """The line between two runs' adapters on test, as a record."""
-    started = time.time()
-    benches = []
-
-    def bench_of(folder: Path):
-        benches.append(build(config, [task], adapter=folder, splits=("test",)))
-        return benches[0]
-
-    curve = interpolate(
-        *(load_adapter_weights(folder) for folder in folders),
-        method=method,
-        alphas=line(points),
-        bench_of=bench_of,
-        split="test",
-        task=task,
-        batch_size=config.train.per_device_eval_batch_size,
-    )
-    settings = {"label": config.schedule.method, "merge_method": method, "split": "test", "task": task,
-                "points": points, **more, **config.flat()}  # fmt: skip
-    return curve_record(curve, settings, benches[0], time.time() - started)
 
 
 def _portable(result: Result) -> Result:

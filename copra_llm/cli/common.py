@@ -1,0 +1,53 @@
+"""What several commands share: where they write, which data they read, which settings a saved run has."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from copra_llm.errors import InputError
+
+
+def fresh_output(name: str) -> Path:
+    """A folder that is not there yet, or is empty."""
+    output = Path(name)
+    if output.is_file():
+        raise InputError(f"--output names {output}, which is a file; give a new folder")
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"--output names {output}, which is not empty; give a new folder")
+    return output
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which examples an adapter is evaluated on."""
+    parser.add_argument("--task", required=True, help="task of MTL15, e.g. sst2")
+    parser.add_argument("--split", default="test", choices=("train", "dev", "test"))
+    parser.add_argument("--data_root", "--data-root", help='the folder of MTL15, "sample" or "hub"; unset: $COPRA_DATA')
+    parser.add_argument("--max_length", "--max-length", type=int, help="tokens; unset: as in training")
+    parser.add_argument("--max_eval_samples", "--max-eval-samples", type=int)
+    parser.add_argument("--per_device_eval_batch_size", "--per-device-eval-batch-size", type=int, default=64)
+    parser.add_argument("--model_name_or_path", "--model-name-or-path", help="unset: the base that the adapter names")
+
+
+def config_of(path: str, weights, args: argparse.Namespace):
+    """The run's own settings where a config.yaml lies beside the adapter, changed by the flags."""
+    from copra_llm.config import RunConfig, read_settings
+
+    run = next((f for f in (Path(path) / "config.yaml", Path(path).parent / "config.yaml") if f.is_file()), None)
+    config = RunConfig.from_flat(read_settings(run)) if run else RunConfig()
+    base_model = args.model_name_or_path or weights.base_model
+    if not base_model:
+        raise InputError(f"{weights.source} does not say which base model it is for; give --model_name_or_path")
+    changes = {"model_name_or_path": base_model}
+    for name in ("data_root", "max_length", "max_eval_samples", "per_device_eval_batch_size"):
+        if getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
+    return config.replace(**changes)
+
+
+def bar(unit: str):
+    """A progress bar with the time left, on a terminal only; wraps an iterable."""
+    from tqdm import tqdm
+
+    return lambda things: tqdm(things, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)
