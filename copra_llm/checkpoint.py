@@ -44,7 +44,8 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     log: list[dict[str, float]] = field(default_factory=list)
-    """One entry every `logging_steps`: step, loss, learning_rate, activation_prob, active_layers."""
+    """One entry every `logging_steps`: step, loss, learning_rate, grad_norm
+    (of the last step, before clipping), activation_prob, active_layers."""
     dev: list[dict[str, float]] = field(default_factory=list)
     """One entry every `eval_steps`: step and the dev metrics."""
     skipped: int = 0

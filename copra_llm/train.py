@@ -171,7 +171,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
             if progress.step % settings.logging_steps == 0 or last:
                 watch.read(step)
                 entry = {"loss": logged.mean(), "learning_rate": scheduler.get_last_lr()[0],
-                         "activation_prob": p, "active_layers": int(mask.sum())}  # fmt: skip
+                         "grad_norm": float(norm), "activation_prob": p, "active_layers": int(mask.sum())}  # fmt: skip
                 progress.log.append({"step": progress.step, **entry})
                 accelerator.log({f"train/{key}": value for key, value in entry.items()}, step=progress.step)
                 bar.set_postfix(loss=f"{entry['loss']:.3f}", p=f"{p:.2f}")

@@ -6,29 +6,29 @@ For every model, task and method of a plan:
 2. train every seed at the settings that were best on dev (accuracy, then loss);
 3. merge all pairs of seeds, by fusion and by mixture, and evaluate on test along the line.
 
-Every run leaves one result record; what has a record is not run again, so the protocol can be stopped and
-started, and several processes can share the work by model and task.
+Every run leaves one result record, and what has one is not run again (`runs.py`). Tasks and methods are independent
+jobs that several processes share (`jobs.py`).
 
 Source: CopRA (arXiv 2410.22911), section 3.1 and figure 3.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from copra_llm.adapters import load_adapter_weights
 from copra_llm.config import RunConfig, read_yaml, typed, typed_settings
 from copra_llm.errors import InputError
-from copra_llm.interpolate import line, line_record
+from copra_llm.interpolate import line
 from copra_llm.merge import check_method
-from copra_llm.results import Result, read_result, write_result
+from copra_llm.protocols.jobs import Job, run_jobs
+from copra_llm.protocols.runs import Run, Store
+from copra_llm.results import Result
 from copra_llm.tasks.mtl15 import get_task
-from copra_llm.train import train_adapter
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,15 @@ def read_plan(path: Path) -> dict[str, Plan]:
     return plans
 
 
-def run_plan(model: str, plan: Plan, results: Path, work: Path, data_root: str | None, say=print) -> None:
+def run_plan(
+    model: str,
+    plan: Plan,
+    results: Path,
+    work: Path,
+    data_root: str | None,
+    say: Callable[[str], None] = print,
+    workers: int | None = 1,
+) -> None:
     """Do what is missing of a plan.
 
     Args:
@@ -100,47 +108,28 @@ def run_plan(model: str, plan: Plan, results: Path, work: Path, data_root: str |
         work: adapters and checkpoints go here, under the same names.
         data_root: of MTL15.
         say: reports progress.
+        workers: processes side by side, each with a task and method of its own; None: as many as the machine has
+            GPUs, or cores.
     """
+    store = Store(results, work, say)
+    jobs = []
     for task, method in itertools.product(plan.tasks, plan.methods):
-        place = Path(_portable_name(model)) / task / method
-        records, scratch = results / place, work / place
-        base = RunConfig().replace(
-            **plan.settings | {"model_name_or_path": model, "tasks": [task], "method": method, "data_root": data_root}
-        )
+        own = {"model_name_or_path": model, "tasks": [task], "method": method, "data_root": data_root}
+        run = Run(RunConfig().replace(**plan.settings | own))
+        jobs.append(Job(f"{run.place}", tune_and_merge, (store, run, plan)))
+    run_jobs(jobs, workers, say)
 
-        def train(seed, rate, steps, adapter_wanted, base=base, task=task, records=records, scratch=scratch) -> Result:
-            """A run's record, from disk if it is there (with its adapter beside the work, where one is wanted)."""
-            name = f"lr{rate:g}-steps{steps}-seed{seed}"
-            record, adapter = records / f"{name}.json", scratch / name / "adapter"
-            if not record.is_file() or (adapter_wanted and not adapter.is_dir()):
-                config = base.replace(
-                    seed=seed, learning_rate=rate, max_steps=steps, output_dir=str(scratch / name),
-                    resume_from_checkpoint="latest",
-                )  # fmt: skip
-                result = train_adapter(config, [task], scratch / name)
-                write_result(record, _portable(result))
-                say(f"{record}: dev {result.metrics[f'dev/{task}/accuracy']:.1f} in {result.seconds:.0f} s")
-            return read_result(record)
 
-        rate, steps = tune(lambda r, s: dev_score(train(plan.seeds[0], r, s, False), task), plan)  # noqa: B023
-        lines = {
-            (pair, merge_method): records / f"{merge_method}-lr{rate:g}-steps{steps}-seeds{pair[0]}-{pair[1]}.json"
-            for pair, merge_method in itertools.product(itertools.combinations(plan.seeds, 2), plan.points)
-        }
-        missing = {line: record for line, record in lines.items() if not record.is_file()}
-        for seed in plan.seeds:
-            train(seed, rate, steps, any(seed in pair for pair, _ in missing))
-        for (pair, merge_method), record in missing.items():
-            curve = line_record(
-                [load_adapter_weights(scratch / f"lr{rate:g}-steps{steps}-seed{seed}") for seed in pair],
-                base.replace(learning_rate=rate, max_steps=steps),
-                task,
-                method=merge_method,
-                points=plan.points[merge_method],
-                settings={"seeds": list(pair)},
-            )
-            write_result(record, _portable(curve))
-            say(f"{record}: drop in the middle {curve.metrics[f'test/{task}/middle_drop']:.1f}")
+def tune_and_merge(store: Store, run: Run, plan: Plan) -> None:
+    """One task and method: tune with the first seed, train all, merge all pairs."""
+    (task,) = run.config.data.tasks
+    first = run.replace(seed=plan.seeds[0])
+
+    def score(rate: float, steps: int) -> tuple[float, float]:
+        return dev_score(store.train(first.replace(learning_rate=rate, max_steps=steps)), task)
+
+    rate, steps = tune(score, plan)
+    store.lines(run.replace(learning_rate=rate, max_steps=steps), plan.seeds, plan.points)
 
 
 def tune(score, plan: Plan) -> tuple[float, int]:
@@ -157,17 +146,3 @@ def dev_score(result: Result, task: str) -> tuple[float, float]:
     """Dev accuracy, then smaller dev loss."""
     loss = result.metrics[f"dev/{task}/loss"]
     return result.metrics[f"dev/{task}/accuracy"], -math.inf if math.isnan(loss) else -loss
-
-
-def _portable(result: Result) -> Result:
-    """A record without the folders of the machine it was made on."""
-    config = result.config | {"output_dir": None, "data_root": None}
-    config["model_name_or_path"] = _portable_name(config["model_name_or_path"])
-    environment = result.environment | {"base_model": _portable_name(result.environment["base_model"])}
-    return dataclasses.replace(result, config=config, environment=environment)
-
-
-def _portable_name(model: str) -> str:
-    """A model's name as it is, but of a folder or file its last part."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.exists() else model

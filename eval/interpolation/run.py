@@ -27,13 +27,15 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--data_root")
+    parser.add_argument("--workers", type=int, help="processes side by side; default: one a GPU, or one a core")
     args = parser.parse_args()
     for model, plan in read_plan(args.plan).items():
         if args.models is None or model in args.models:
             tasks = [task for task in plan.tasks if args.tasks is None or task in args.tasks]
             methods = [method for method in plan.methods if args.methods is None or method in args.methods]
             chosen = dataclasses.replace(plan, tasks=tasks, methods=methods)
-            run_plan(model, chosen, args.results, args.work, args.data_root, functools.partial(print, flush=True))
+            say = functools.partial(print, flush=True)
+            run_plan(model, chosen, args.results, args.work, args.data_root, say, args.workers)
 
 
 if __name__ == "__main__":

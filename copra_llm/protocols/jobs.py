@@ -1,0 +1,137 @@
+"""How are many independent jobs done side by side?
+
+A job is a function and its arguments that leaves records; what has a record is not done again, so a run of jobs can
+be killed at any moment and started anew. Each worker is a process of its own with its share of the machine: a GPU,
+or an equal part of the CPU threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+from copra_llm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Job:
+    """`function(*arguments)`; both must be picklable."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple = ()
+
+
+def run_jobs(jobs: Sequence[Job], workers: int | None = None, say: Callable[[str], None] = print) -> list[Any]:
+    """Do all jobs; what they return, in their order.
+
+    Args:
+        jobs: independent of each other.
+        workers: processes side by side; 1: this process; None: one a GPU, or one a CPU core where there is none.
+        say: reports each finished job with the time left.
+
+    Raises:
+        InputError: if a job's input is wrong, or `workers` is not positive. Jobs in progress are ended.
+    """
+    workers = default_workers() if workers is None else workers
+    if workers < 1:
+        raise InputError(f"--workers is {workers}, but must be at least 1")
+    report = _Report(len(jobs), say)
+    if workers == 1 or len(jobs) < 2:
+        return [report.done(job, job.function(*job.arguments)) for job in jobs]
+    context = multiprocessing.get_context("spawn")
+    places, stopping = context.Queue(), context.Event()
+    for place in range(workers):
+        places.put(place)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(places, stopping, workers))
+    with pool, _ending_workers(pool, stopping):
+        futures = {pool.submit(_do, job): job for job in jobs}
+        for future in as_completed(futures):
+            report.done(futures[future], future.result())
+    return [future.result() for future in futures]
+
+
+def default_workers() -> int:
+    """One a GPU; one a CPU core this process may use, where there is no GPU."""
+    import torch
+
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+
+
+class _Report:
+    """Says what is finished, and when the rest may be."""
+
+    def __init__(self, total: int, say: Callable[[str], None]):
+        self.total, self.say, self.finished, self.started = total, say, 0, time.time()
+
+    def done(self, job: Job, value: Any) -> Any:
+        self.finished += 1
+        left = (time.time() - self.started) / self.finished * (self.total - self.finished)
+        self.say(f"[{self.finished}/{self.total}, some {_span(left)} left] {job.name}")
+        return value
+
+
+def _span(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+_stopping = None
+"""In a worker: the event that says that no further job is wanted."""
+
+
+def _do(job: Job) -> Any:
+    # The pool hands a worker its next job before it has finished one, and what was handed over cannot be cancelled.
+    if _stopping.is_set():
+        return None
+    return job.function(*job.arguments)
+
+
+def _settle(places, stopping, workers: int) -> None:
+    """Give a fresh worker its GPU, or its part of the CPU threads."""
+    import torch
+
+    global _stopping
+    _stopping = stopping
+    place = places.get()
+    gpus = torch.cuda.device_count()
+    if gpus:
+        # Before the first use of CUDA in this process, so the device is the only one it will see.
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(place % gpus)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+    # The parent is asked to stop, and asks its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _visible(index: int) -> str:
+    outer = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return outer.split(",")[index] if outer else str(index)
+
+
+class _ending_workers:
+    """On an error or a signal, jobs that wait are dropped and the workers are asked to stop (SIGTERM), then waited for.
+
+    A training run answers SIGTERM with a checkpoint.
+    """
+
+    def __init__(self, pool: ProcessPoolExecutor, stopping):
+        self.pool, self.stopping = pool, stopping
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+
+    def __exit__(self, kind, error, trace):
+        signal.signal(signal.SIGTERM, self.before)
+        if kind is not None:
+            self.stopping.set()
+            workers = multiprocessing.active_children()
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            for process in workers:
+                process.terminate()
