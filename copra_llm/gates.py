@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from peft.tuners.lora import LoraLayer
@@ -43,31 +43,19 @@ class LayerGates:
     """
 
     def __init__(self, model: nn.Module, granularity: str = "layer", layer_pattern: str | None = None):
-        if granularity not in GRANULARITIES:
-            raise InputError(f"granularity is {granularity!r}, but must be one of {', '.join(GRANULARITIES)}")
-        try:
-            pattern = re.compile(layer_pattern or FIRST_INTEGER)
-        except re.error as error:
-            raise InputError(f"--layer_pattern is {layer_pattern!r}, which is no regular expression: {error}") from None
-        players: dict[tuple, tuple[str, list[LoraLayer]]] = {}
+        modules: dict[str, list[LoraLayer]] = {}
         for name, module in model.named_modules():
-            name = base_name(name)
-            match = pattern.search(name) if isinstance(module, LoraLayer) else None
-            if match is None:
-                continue
-            layer = name[: match.end()]
-            key = layer if granularity == "layer" else name
-            order = (_natural(layer), _natural(key))
-            players.setdefault(order, (key, []))[1].append(module)
+            if isinstance(module, LoraLayer):
+                modules.setdefault(base_name(name), []).append(module)
+        players = group_players(modules, granularity, layer_pattern)
         if not players:
             raise InputError(
                 "the model has no LoRA module inside a numbered transformer block, so there is no layer to "
                 "switch; attach an adapter first, or give --layer_pattern"
             )
-        ordered = [players[order] for order in sorted(players)]
-        self.keys: list[str] = [key for key, _ in ordered]
+        self.keys: list[str] = list(players)
         """Player names in mask order: (tower, index)."""
-        self._modules: list[list[LoraLayer]] = [modules for _, modules in ordered]
+        self._modules = [[module for name in names for module in modules[name]] for names in players.values()]
 
     @property
     def num_layers(self) -> int:
@@ -91,6 +79,39 @@ class LayerGates:
         finally:
             for module, cls in zip(closed, opened, strict=True):
                 object.__setattr__(module, "__class__", cls)
+
+
+def group_players(
+    names: Iterable[str], granularity: str = "layer", layer_pattern: str | None = None
+) -> dict[str, list[str]]:
+    """Which player does each adapted module belong to, and in which order do the players stand?
+
+    Args:
+        names: of adapted modules in the base model.
+        granularity: "layer" puts a transformer block's modules together, "module" leaves each alone.
+        layer_pattern: regular expression; a layer's key is the module name up to the end of its match.
+
+    Returns:
+        The players' keys in mask order, (tower, index), with the modules of each as they came. Modules outside
+        blocks are left out: they belong to no player.
+
+    Raises:
+        InputError: if the granularity is unknown or the pattern no regular expression.
+    """
+    if granularity not in GRANULARITIES:
+        raise InputError(f"granularity is {granularity!r}, but must be one of {', '.join(GRANULARITIES)}")
+    try:
+        pattern = re.compile(layer_pattern or FIRST_INTEGER)
+    except re.error as error:
+        raise InputError(f"--layer_pattern is {layer_pattern!r}, which is no regular expression: {error}") from None
+    players: dict[tuple, tuple[str, list[str]]] = {}
+    for name in names:
+        match = pattern.search(name)
+        if match is not None:
+            layer = name[: match.end()]
+            key = layer if granularity == "layer" else name
+            players.setdefault((_natural(layer), _natural(key)), (key, []))[1].append(name)
+    return dict(players[order] for order in sorted(players))
 
 
 def base_name(name: str) -> str:
