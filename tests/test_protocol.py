@@ -11,7 +11,8 @@ import pytest
 
 from copra_llm.errors import InputError
 from copra_llm.protocols import runs
-from copra_llm.protocols.connectivity import Plan, dev_score, read_plan, run_plan, tune
+from copra_llm.protocols.connectivity import Plan, dev_score, run_plan, tune
+from copra_llm.protocols.plans import read_plans
 from copra_llm.report import connectivity_table, find_results, training_table
 from copra_llm.results import Result, read_result
 
@@ -203,7 +204,7 @@ def test_methods_share_what_should_be_shared(plan_folders):
 
 
 def test_the_committed_plan_is_read():
-    plans = read_plan(ROOT / "eval" / "interpolation" / "plan.yaml")
+    plans = read_plans(ROOT / "eval" / "interpolation" / "plan.yaml", Plan)
     assert plans.keys() == {"minilm", "smollm2"}
     assert all(set(plan.methods) == {"lora", "copra", "coto"} and len(plan.seeds) >= 3 for plan in plans.values())
 
@@ -216,7 +217,7 @@ minilm: {tasks: [sst2], learning_rate: [1e-3], max_steps: [2], points: {fusion: 
 
 def test_shared_and_own_entries_are_joined(tmp_path):
     (tmp_path / "plan.yaml").write_text(GOOD, encoding="utf-8")
-    (plan,) = read_plan(tmp_path / "plan.yaml").values()
+    (plan,) = read_plans(tmp_path / "plan.yaml", Plan).values()
     assert plan.settings == {"lora_r": 2, "max_length": 9}
     assert plan.learning_rate == [0.001] and plan.seeds == [0, 1]
 
@@ -245,10 +246,10 @@ def test_a_plan_that_is_wrong_is_refused_before_anything_runs(old, new, expected
     assert old in GOOD
     path.write_text(GOOD.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(InputError) as refusal:
-        read_plan(path)
+        read_plans(path, Plan)
     assert expected in str(refusal.value)
 
 
 def test_a_missing_plan_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no\.yaml does not exist"):
-        read_plan(tmp_path / "no.yaml")
+        read_plans(tmp_path / "no.yaml", Plan)

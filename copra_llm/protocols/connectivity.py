@@ -19,16 +19,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from copra_llm.config import RunConfig, read_yaml, typed, typed_settings
-from copra_llm.errors import InputError
+from copra_llm.config import RunConfig
 from copra_llm.interpolate import line
 from copra_llm.merge import check_method
 from copra_llm.protocols.jobs import Job, run_jobs
+from copra_llm.protocols.plans import check_runs, need_entries
 from copra_llm.protocols.runs import Run, Store
 from copra_llm.results import Result
-from copra_llm.tasks.mtl15 import get_task
 
 
 @dataclass(frozen=True)
@@ -48,46 +47,11 @@ class Plan:
     """Everything else, by the flags' names."""
 
     def __post_init__(self):
-        for name in ("tasks", "methods", "seeds", "learning_rate", "max_steps"):
-            if not getattr(self, name):
-                raise InputError(f"the plan's {name} is empty; give at least one")
-        for task, method in itertools.product(self.tasks, self.methods):
-            get_task(task)
-            RunConfig().replace(**self.settings | {"tasks": [task], "method": method})
+        need_entries(self, "tasks", "methods", "seeds", "learning_rate", "max_steps")
+        check_runs(self.tasks, self.methods, self.settings)
         for merge_method, points in self.points.items():
             check_method(merge_method)
             line(points)
-
-
-def read_plan(path: Path) -> dict[str, Plan]:
-    """`{model: Plan}` from YAML; `all` holds what the models share.
-
-    Raises:
-        InputError: if the file or an entry is not of that form.
-    """
-    values = read_yaml(Path(path))
-    for name, entry in values.items():
-        if not isinstance(entry, dict):
-            raise InputError(f"{path}: {name} is {entry!r}, but must hold {', '.join(Plan.__dataclass_fields__)}")
-    shared = values.pop("all", {})
-    plans = {}
-    for model, own in values.items():
-        entry = shared | own
-        entry["settings"] = shared.get("settings", {}) | own.get("settings", {})
-        missing = sorted(set(Plan.__dataclass_fields__) - set(entry))
-        unknown = sorted(set(entry) - set(Plan.__dataclass_fields__))
-        if missing or unknown:
-            what = f"lacks {missing[0]}" if missing else f"has the unknown entry {unknown[0]}"
-            raise InputError(f"{path}: the plan of {model} {what}; it needs {', '.join(Plan.__dataclass_fields__)}")
-        types = get_type_hints(Plan)
-        for key in ("tasks", "methods", "seeds", "learning_rate", "max_steps"):
-            entry[key] = typed(path, key, entry[key], types[key])
-        if not isinstance(entry["points"], dict):
-            raise InputError(f"{path}: points is {entry['points']!r}, but must be points by merge method")
-        entry["points"] = {m: typed(path, f"points of {m}", p, int) for m, p in entry["points"].items()}
-        entry["settings"] = typed_settings(path, entry["settings"])
-        plans[model] = Plan(**entry)
-    return plans
 
 
 def run_plan(
@@ -103,7 +67,7 @@ def run_plan(
 
     Args:
         model: `--model_name_or_path`.
-        plan: from `read_plan`.
+        plan: what is compared.
         results: records go to `results/<model>/<task>/<method>/*.json`, <model> being a folder's last part.
         work: adapters and checkpoints go here, under the same names.
         data_root: of MTL15.

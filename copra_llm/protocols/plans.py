@@ -1,0 +1,77 @@
+"""What does a protocol's plan.yaml hold?
+
+    all:            # what the entries share
+      seeds: [0, 1, 2]
+    minilm:         # an entry a model, or whatever the protocol compares
+      tasks: [sst2]
+      settings: {lora_r: 4}
+
+Each entry becomes one frozen dataclass of the protocol, its values of their fields' types.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from copra_llm.config import RunConfig, read_yaml, typed, typed_settings
+from copra_llm.errors import InputError, nearest
+from copra_llm.tasks.mtl15 import get_task
+
+P = TypeVar("P")
+
+
+def read_plans(path: Path, kind: type[P]) -> dict[str, P]:
+    """`{name: kind(...)}` from YAML; a field `settings` holds run settings under the flags' names.
+
+    Raises:
+        InputError: if the file or an entry is not of that form.
+    """
+    path = Path(path)
+    values, types = read_yaml(path), get_type_hints(kind)
+    needed = {f.name for f in dataclasses.fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    for name, entry in values.items():
+        if not isinstance(entry, dict):
+            raise InputError(f"{path}: {name} is {entry!r}, but must hold {', '.join(types)}")
+    shared = values.pop("all", {})
+    plans = {}
+    for name, own in values.items():
+        entry = shared | own
+        if "settings" in types:
+            entry["settings"] = shared.get("settings", {}) | own.get("settings", {})
+        missing = sorted(needed - set(entry))
+        unknown = sorted(set(entry) - set(types))
+        if missing or unknown:
+            what = f"lacks {missing[0]}" if missing else f"has the unknown entry {unknown[0]}"
+            hint = nearest(unknown[0], types) if unknown and not missing else ""
+            raise InputError(f"{path}: the plan of {name} {what}{hint}; it needs {', '.join(types)}")
+        plans[name] = kind(**{key: _value(path, key, value, types[key]) for key, value in entry.items()})
+    return plans
+
+
+def check_runs(tasks: list[str], methods: list[str], settings: dict[str, Any]) -> None:
+    """Refuse a plan's tasks, methods and settings before anything is run."""
+    for task in tasks:
+        get_task(task)
+    for method in methods:
+        RunConfig().replace(**settings | {"method": method})
+
+
+def need_entries(plan: Any, *names: str) -> None:
+    """Refuse a plan whose fields `names` are not all filled."""
+    for name in names:
+        if not getattr(plan, name):
+            raise InputError(f"the plan's {name} is empty; give at least one")
+
+
+def _value(path: Path, key: str, value: Any, hint: Any) -> Any:
+    if key == "settings":
+        return typed_settings(path, value)
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{path}: {key} is {value!r}, but must hold `name: value` entries")
+        kind = get_args(hint)[1]
+        return {name: v if kind is Any else _value(path, f"{key} of {name}", v, kind) for name, v in value.items()}
+    return typed(path, key, value, hint)
