@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
@@ -285,6 +286,11 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
         if name not in available:
             raise InputError(f'--report_to "{name}" is no tracker that is installed; '
                              f"installed are {', '.join(available) or 'none'}")  # fmt: skip
+    if settings.fp16 and not torch.cuda.is_available():
+        raise InputError("--fp16 needs a GPU, and there is none; use --bf16 or neither")
+    if is_initialized() and (before := AcceleratorState().mixed_precision) != settings.mixed_precision:
+        raise InputError(f"this process has run with mixed precision {before}, which Accelerate keeps, but this run "
+                         f"wants {settings.mixed_precision}; start a process for it")  # fmt: skip
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,

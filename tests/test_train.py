@@ -662,3 +662,22 @@ def test_golden_loss_curve(minilm, tmp_path):
     curve = [(entry["loss"], entry["active_layers"]) for entry in result.data["log"]]
     assert [layers for _, layers in curve] == [layers for _, layers in GOLDEN]
     assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in GOLDEN], rel=1e-4)
+
+
+# --- precision --------------------------------------------------------------------------------------------
+
+
+def test_float16_without_a_gpu_is_refused(tmp_path, monkeypatch):
+    """Before anything is loaded or written."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--fp16 needs a GPU"):
+        train_adapter(RunConfig().replace(fp16=True), ["sst2"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_precision_in_one_process_is_refused(tmp_path):
+    """Accelerate keeps the first run's for the whole process."""
+    _accelerator(RunConfig(), tmp_path)
+    with pytest.raises(InputError, match="mixed precision no, .* wants bf16; start a process for it"):
+        train_adapter(RunConfig().replace(bf16=True), ["sst2"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
