@@ -10,9 +10,16 @@ import logging
 import sys
 from collections.abc import Callable
 
+PREEMPTED_EXIT_CODE = 143
+"""What a shell gives a process that SIGTERM has ended: 128 + 15."""
+
 
 class InputError(ValueError):
     """Something the caller gave is wrong; the message is one sentence with the place and the remedy."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM) and has saved a checkpoint; the message says how it goes on."""
 
 
 def nearest(word: str, known) -> str:
@@ -24,9 +31,9 @@ def nearest(word: str, known) -> str:
 
 
 def exit_on_input_error(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a command's `main`: an `InputError` becomes one line on stderr and the return value 2.
+    """Wrap a command's `main`: an `InputError` becomes one line on stderr and the return value 2, `Preempted` 143.
 
-    So does a path that the operating system refuses: a file where a folder must be, no permission to write.
+    A path that the operating system refuses is wrong input too: a file where a folder must be, no permission to write.
     """
 
     @functools.wraps(main)
@@ -35,6 +42,9 @@ def exit_on_input_error(main: Callable[..., int | None]) -> Callable[..., int]:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             return main(*args, **kwargs) or 0
+        except Preempted as stopped:
+            print(stopped, file=sys.stderr)
+            return PREEMPTED_EXIT_CODE
         except InputError as error:
             sentence = str(error)
         except OSError as error:

@@ -45,7 +45,7 @@ from copra_llm.checkpoint import (
     save_checkpoint,
 )
 from copra_llm.config import RunConfig
-from copra_llm.errors import InputError
+from copra_llm.errors import InputError, Preempted
 from copra_llm.evaluate import evaluate, load_metrics
 from copra_llm.gates import LayerGates
 from copra_llm.masks import sample_mask
@@ -58,10 +58,6 @@ from copra_llm.results import (
     write_atomic,
     write_result,
 )
-
-
-class Preempted(Exception):
-    """The run was asked to stop (SIGTERM) and has saved a checkpoint."""
 
 
 def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:

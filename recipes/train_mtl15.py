@@ -13,7 +13,7 @@ from accelerate import PartialState
 from copra_llm.config import parse_run_config
 from copra_llm.errors import exit_on_input_error
 from copra_llm.tasks.mtl15 import get_task
-from copra_llm.train import Preempted, train_adapter
+from copra_llm.train import train_adapter
 
 
 @exit_on_input_error
@@ -24,11 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     output = Path(config.train.output_dir)
     groups = [config.data.tasks] if config.data.joint else [[task] for task in config.data.tasks]
     for tasks in groups:
-        try:
-            result = train_adapter(config, tasks, output / "+".join(tasks))
-        except Preempted as stopped:
-            print(stopped, file=sys.stderr)
-            return 143
+        result = train_adapter(config, tasks, output / "+".join(tasks))
         if PartialState().is_main_process:
             for name, value in result.metrics.items():
                 print(f"{name}: {value:.3f}")
