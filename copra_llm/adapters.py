@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,24 @@ class AdapterWeights:
         return tensors
 
     def with_factors(self, factors: dict[str, LoraFactors], source: str) -> AdapterWeights:
-        """The same adapter with other factors, its config rewritten so that PEFT loads them with their scaling."""
+        """The same adapter with other factors, its config rewritten so that PEFT loads them with their scaling.
+
+        What else is stored for a module that is no longer adapted goes with it (a DoRA magnitude), or is kept under
+        the name that it has in the plain module (a trained bias).
+        """
         config = _fitting_config(self.config, factors)
         if factors.keys() != self.factors.keys():
             # By their full names: what chose the old modules may leave out a new one.
             restrictions = ("layers_to_transform", "layers_pattern", "exclude_modules")
             config |= {"target_modules": sorted(factors), **{key: None for key in restrictions if key in config}}
-        return replace(self, factors=factors, config=config, source=source)
+        dropped = sorted(self.factors.keys() - factors.keys())
+        # PEFT would also take a longer name that ends like a target's.
+        longer = [name for name in dropped if any(name.endswith(f".{target}") for target in factors)]
+        if longer:
+            config["exclude_modules"] = longer
+        return replace(
+            self, factors=factors, config=config, extras=_fitting_extras(self.extras, dropped), source=source
+        )
 
 
 def adapter_folder(path: Path | str) -> Path:
@@ -193,6 +205,19 @@ def _fitting_config(config: dict[str, Any], factors: dict[str, LoraFactors]) -> 
         "rank_pattern": {f"^{name}": own for name, (own, _) in wanted.items() if own != r},
         "alpha_pattern": {f"^{name}": _whole(own) for name, (_, own) in wanted.items() if own != alpha},
     }
+
+
+def _fitting_extras(extras: dict[str, Tensor], dropped: Sequence[str]) -> dict[str, Tensor]:
+    """`extras` for a file in which the modules `dropped` are not adapted."""
+    fitting = {}
+    for key, tensor in extras.items():
+        name = key.removeprefix(_PREFIX)
+        if name.partition(".lora_")[0] in dropped:
+            continue
+        if name.partition(".base_layer.")[0] in dropped:
+            key = key.replace(".base_layer.", ".", 1)
+        fitting[key] = tensor
+    return fitting
 
 
 def _whole(value: float) -> float | int:

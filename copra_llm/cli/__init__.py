@@ -1,7 +1,8 @@
-"""`copra`: merge adapters, look along the line between them, evaluate, report.
+"""`copra`: merge adapters, look along the line between them, prune, evaluate, report.
 
     copra merge A B --method fusion --weights 0.5 0.5 --output DIR
     copra interpolate A B --task sst2 --points 21 --output DIR
+    copra prune A --keep every-other --output DIR
     copra evaluate A --task sst2
     copra report RESULTS... --output DIR
 
@@ -14,10 +15,10 @@ import argparse
 import sys
 
 from copra_llm import __version__
-from copra_llm.cli import evaluate, interpolate, merge, report
+from copra_llm.cli import evaluate, interpolate, merge, prune, report
 from copra_llm.errors import InputError, exit_on_input_error, nearest
 
-COMMANDS = {"merge": merge, "interpolate": interpolate, "evaluate": evaluate, "report": report}
+COMMANDS = {"merge": merge, "interpolate": interpolate, "prune": prune, "evaluate": evaluate, "report": report}
 """Command-line names -> modules with `HELP`, `add_arguments(parser)` and `run(args)`."""
 
 

@@ -19,9 +19,9 @@ def fresh_output(name: str) -> Path:
     return output
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, task_required: bool = True) -> None:
     """The flags that say which examples an adapter is evaluated on."""
-    parser.add_argument("--task", required=True, help="task of MTL15, e.g. sst2")
+    parser.add_argument("--task", required=task_required, help="task of MTL15, e.g. sst2")
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"))
     parser.add_argument("--data_root", "--data-root", help='the folder of MTL15, "sample" or "hub"; unset: $COPRA_DATA')
     parser.add_argument("--max_length", "--max-length", type=int, help="tokens; unset: as in training")
@@ -30,12 +30,17 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_name_or_path", "--model-name-or-path", help="unset: the base that the adapter names")
 
 
-def config_of(path: str, weights, args: argparse.Namespace):
-    """The run's own settings where a config.yaml lies beside the adapter, changed by the flags."""
+def saved_settings(path: str):
+    """The run's own settings where a config.yaml lies beside the adapter, else the defaults."""
     from copra_llm.config import RunConfig, read_settings
 
     run = next((f for f in (Path(path) / "config.yaml", Path(path).parent / "config.yaml") if f.is_file()), None)
-    config = RunConfig.from_flat(read_settings(run)) if run else RunConfig()
+    return RunConfig.from_flat(read_settings(run)) if run else RunConfig()
+
+
+def config_of(path: str, weights, args: argparse.Namespace):
+    """The run's own settings where a config.yaml lies beside the adapter, changed by the flags."""
+    config = saved_settings(path)
     base_model = args.model_name_or_path or weights.base_model
     if not base_model:
         raise InputError(f"{weights.source} does not say which base model it is for; give --model_name_or_path")

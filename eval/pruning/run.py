@@ -1,0 +1,46 @@
+"""Run the plan: prune every adapter in every way, evaluate on test; the checkpoint at T/4 too.
+
+    python eval/pruning/run.py --runs runs/interpolation [--models minilm] [--tasks sst2] [--methods copra]
+
+The adapters are those that eval/interpolation/run.py has trained in its --work. Stopped and started again, it
+goes on where it was. The table and the plot: `make tables`.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+from copra_llm.cli.common import bar
+from copra_llm.errors import exit_on_input_error
+from copra_llm.protocols.pruning import read_plan, run_plan
+
+HERE = Path(__file__).parent
+
+
+@exit_on_input_error
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
+    parser.add_argument("--runs", type=Path, default=Path("runs/interpolation"), help="<model>/<task>/<method>/<run>/")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/pruning"), help="runs repeated for their T/4 checkpoint"
+    )
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--data_root")
+    args = parser.parse_args()
+    for model, plan in read_plan(args.plan).items():
+        if args.models is None or model in args.models:
+            tasks = [task for task in plan.tasks if args.tasks is None or task in args.tasks]
+            methods = [method for method in plan.methods if args.methods is None or method in args.methods]
+            chosen = dataclasses.replace(plan, tasks=tasks, methods=methods)
+            say = functools.partial(print, flush=True)
+            run_plan(model, chosen, args.runs, args.results, args.work, args.data_root, say, bar("variant"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
