@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
     ["config", "paths", "schedule", "masks", "shapley", "results", "errors"],
     ["adapters", "gates", "models", "tasks", "classifiers", "batches"],
-    ["merge", "build"],
-    ["train", "checkpoint", "evaluate", "evaluator", "interpolate"],
+    ["merge", "prune", "quantise", "build"],
+    ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "variants"],
     ["protocols", "report"],
     ["cli"],
 ]

@@ -97,8 +97,8 @@ def _evaluate(args: argparse.Namespace, variants: list) -> int:
     from copra_llm.adapters import adapter_folder, load_adapter_weights
     from copra_llm.checkpoint import STATE
     from copra_llm.evaluator import AdapterEvaluator
-    from copra_llm.protocols.pruning import FIGURE, finish, pruning_record, unfinished
     from copra_llm.prune import structured, structured_names
+    from copra_llm.variants import figure_variants, finish, unfinished_file, variants_record
 
     output = Path(args.output) if args.output else None
     if output is not None and output.is_dir():
@@ -108,18 +108,18 @@ def _evaluate(args: argparse.Namespace, variants: list) -> int:
     if args.layer_pattern:
         config = config.replace(layer_pattern=args.layer_pattern)
     pattern = config.schedule.layer_pattern
-    variants = variants or FIGURE.variants(structured_names(weights, pattern), args.seed)
+    variants = variants or figure_variants(structured_names(weights, pattern), args.seed)
     for keep in dict.fromkeys(variant.keep for variant in variants):
         structured(weights, keep, pattern)  # what does not fit is refused before anything is loaded
-    record = pruning_record(
+    record = variants_record(
         weights,
         config,
         args.task,
         variants,
         AdapterEvaluator(config, [args.task], args.split),
         checkpoint="early" if (adapter_folder(args.adapter) / STATE).is_file() else "final",
-        settings={"adapter": args.adapter, "random_seed": args.seed},
-        unfinished=unfinished(output) if output else None,
+        settings={"adapter": args.adapter},
+        unfinished=unfinished_file(output) if output else None,
         progress=bar("variant"),
     )
     print(f"{'variant':32} {'density':>7} {'accuracy':>8} {'loss':>7} {'parameters':>11} {'bytes':>11}")

@@ -12,30 +12,27 @@ Source: CopRA (arXiv 2410.22911), section 3.2 and figure 4.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
-from copra_llm.adapters import AdapterWeights, load_adapter_weights
+from copra_llm.adapters import load_adapter_weights
 from copra_llm.config import RunConfig, read_settings, read_yaml, typed
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
-from copra_llm.protocols.connectivity import portable
-from copra_llm.prune import Variant, size, structured_names
-from copra_llm.results import Result, pack_bits, peak_memory_bytes, write_atomic, write_result
+from copra_llm.protocols.jobs import Job, run_jobs
+from copra_llm.protocols.runs import portable
+from copra_llm.prune import Variant, structured_names
+from copra_llm.results import Result
 from copra_llm.tasks.mtl15 import get_task
 from copra_llm.train import train_adapter
+from copra_llm.variants import figure_variants, finish, loaded_by, unfinished_file, variants_record
 
 EARLY = 0.25
 """The fraction of the run after which the early checkpoint is taken."""
-DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-COMBINED = (Variant("every-other", quantise="nf4"), Variant(density=0.5, by="magnitude", quantise="nf4"))
-"""Pruned and quantised at once."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +61,8 @@ class Plan:
         self.variants([], 0)
 
     def variants(self, keep: Iterable[str], seed: int) -> list[Variant]:
-        """Everything that is evaluated of an adapter; `keep` are its structured variants, `seed` is of `random`."""
-        curves = [Variant(density=d, by=by, seed=seed) for by in self.by for d in self.densities]
-        quantised = [Variant(quantise=kind) for kind in self.quantise]
-        return [Variant(keep=name) for name in keep] + curves + quantised + (list(COMBINED) if quantised else [])
-
-
-FIGURE = Plan(["sst2"], ["copra"], [0], list(DENSITIES), ["magnitude", "matrix", "random"], ["int8", "nf4"], [], [])
-"""Its variants are what `copra prune --task` evaluates unless it is told otherwise."""
+        """What is evaluated of an adapter."""
+        return figure_variants(keep, seed, self.densities, self.by, self.quantise)
 
 
 def read_plan(path: Path) -> dict[str, Plan]:
@@ -98,7 +89,14 @@ def read_plan(path: Path) -> dict[str, Plan]:
 
 
 def run_plan(
-    model: str, plan: Plan, runs: Path, results: Path, work: Path, data_root: str | None, say=print, progress=iter
+    model: str,
+    plan: Plan,
+    runs: Path,
+    results: Path,
+    work: Path,
+    data_root: str | None,
+    say: Callable[[str], None] = print,
+    workers: int | None = 1,
 ) -> None:
     """Do what is missing of a plan.
 
@@ -110,49 +108,47 @@ def run_plan(
         work: runs without a checkpoint at T/4 are trained again here.
         data_root: of MTL15; None: as the runs' settings say.
         say: reports progress.
-        progress: wraps the iterable of variants.
+        workers: processes side by side, each with a task and method of its own; None: as many as the machine has
+            GPUs, or cores.
     """
-    evaluator: AdapterEvaluator | None = None
+    jobs = []
     for task, method in itertools.product(plan.tasks, plan.methods):
-        for run in find_runs(runs / model / task / method, plan.seeds):
-            config = RunConfig.from_flat(read_settings(run / "config.yaml"))
-            if data_root is not None:
-                config = config.replace(data_root=data_root)
-            wanted = {"final": results / model / task / method / f"{run.name}.json"}
-            if task in plan.early_tasks and method in plan.early_methods:
-                wanted["early"] = results / model / task / method / f"{run.name}-early.json"
-            for checkpoint, record in wanted.items():
-                if record.is_file():
-                    continue
-                folder = run if checkpoint == "final" else early_checkpoint(run, config, work / model / task / method)
-                weights = load_adapter_weights(folder)
-                # One loaded model serves all runs of a task.
-                if evaluator is None or _loads(evaluator.config) != _loads(config):
-                    evaluator = AdapterEvaluator(config, [task], "test")
-                keep = structured_names(weights, config.schedule.layer_pattern)
-                result = pruning_record(
-                    weights,
-                    config,
-                    task,
-                    plan.variants(keep, config.train.seed),
-                    evaluator,
-                    checkpoint=checkpoint,
-                    unfinished=unfinished(record),
-                    progress=progress,
-                )
-                finish(record, portable(result))
-                say(f"{record}: {summary(result)} in {result.seconds:.0f} s")
+        place = Path(model) / task / method
+        found = find_runs(runs / place, plan.seeds)
+        jobs.append(
+            Job(f"{place}", prune_runs, (plan, task, method, found, results / place, work / place, data_root, say))
+        )
+    run_jobs(jobs, workers, say)
 
 
-def unfinished(record: Path) -> Path:
-    """The file that keeps an adapter's finished variants until its record is written."""
-    return record.with_name(f"{record.name}.partial")
-
-
-def finish(record: Path, result: Result) -> None:
-    """Write the record; what was kept until then goes."""
-    write_result(record, result)
-    unfinished(record).unlink(missing_ok=True)
+def prune_runs(
+    plan: Plan,
+    task: str,
+    method: str,
+    runs: Sequence[Path],
+    results: Path,
+    work: Path,
+    data_root: str | None,
+    say: Callable[[str], None],
+) -> None:
+    """All adapters of one task and method; one loaded model serves them."""
+    early = task in plan.early_tasks and method in plan.early_methods
+    evaluator: AdapterEvaluator | None = None
+    for run, checkpoint in itertools.product(runs, ("final", "early") if early else ("final",)):
+        record = results / (f"{run.name}.json" if checkpoint == "final" else f"{run.name}-early.json")
+        if record.is_file():
+            continue
+        config = RunConfig.from_flat(read_settings(run / "config.yaml"))
+        if data_root is not None:
+            config = config.replace(data_root=data_root)
+        weights = load_adapter_weights(run if checkpoint == "final" else early_checkpoint(run, config, work))
+        if evaluator is None or loaded_by(evaluator.config) != loaded_by(config):
+            evaluator = AdapterEvaluator(config, [task], "test")
+        variants = plan.variants(structured_names(weights, config.schedule.layer_pattern), config.train.seed)
+        kept = unfinished_file(record)
+        result = variants_record(weights, config, task, variants, evaluator, checkpoint=checkpoint, unfinished=kept)
+        finish(record, portable(result))
+        say(f"{record}: {summary(result)} in {result.seconds:.0f} s")
 
 
 def find_runs(folder: Path, seeds: Sequence[int]) -> list[Path]:
@@ -190,110 +186,7 @@ def early_checkpoint(run: Path, config: RunConfig, work: Path) -> Path:
     return again / name
 
 
-def pruning_record(
-    weights: AdapterWeights,
-    config: RunConfig,
-    task: str,
-    variants: Sequence[Variant],
-    evaluator: AdapterEvaluator,
-    *,
-    checkpoint: str = "final",
-    settings: dict[str, Any] | None = None,
-    unfinished: Path | None = None,
-    progress: Callable = iter,
-) -> Result:
-    """All variants of an adapter as a result record.
-
-    Args:
-        weights: the adapter.
-        config: the run's settings, kept in the record.
-        task: what is evaluated, on the evaluator's split.
-        variants: what is made of the adapter.
-        evaluator: the model and the split.
-        checkpoint: "final" or "early".
-        settings: more entries for the record's config.
-        unfinished: file that keeps the finished variants while the others are evaluated.
-        progress: wraps the iterable of variants.
-    """
-    started = time.time()
-    own = {"split": evaluator.split, "task": task, "checkpoint": checkpoint, **(settings or {})}
-    pattern = config.schedule.layer_pattern
-    rows = evaluate_variants(weights, variants, evaluator, task, pattern, unfinished, progress)
-    evaluator.attach(weights)  # the environment is the model's, which is not loaded yet if every row was kept
-    return Result(
-        protocol="pruning",
-        config=own | config.flat(),
-        metrics={f"{evaluator.split}/{task}/accuracy/{r['name']}@{r['density']:g}": r["accuracy"] for r in rows},
-        seconds=time.time() - started,
-        peak_memory_bytes=peak_memory_bytes(),
-        data={"rows": rows},
-        environment=evaluator.environment(),
-    )
-
-
-def evaluate_variants(
-    weights: AdapterWeights,
-    variants: Sequence[Variant],
-    evaluator: AdapterEvaluator,
-    task: str,
-    layer_pattern: str | None = None,
-    unfinished: Path | None = None,
-    progress: Callable = iter,
-) -> list[dict[str, Any]]:
-    """A row a variant: kind, name, density, accuracy [percent], loss [nats], correct, parameters, bytes."""
-    stamp = _stamp(weights, evaluator, task, repr((sorted({v.seed for v in variants}), layer_pattern)))
-    done = _unfinished_rows(unfinished, stamp)
-    for variant in progress(variants):
-        key = (variant.name, variant.density)
-        if key in done:
-            continue
-        # At density 1 nothing is chosen: what has been evaluated without choosing is the same adapter.
-        same = replace(variant, by=None) if variant.density == 1.0 else variant
-        row = done.get((same.name, same.density)) or _evaluate(weights, same, evaluator, task, layer_pattern)
-        done[key] = row | {"kind": variant.kind, "name": variant.name}
-        if unfinished is not None:
-            write_atomic(unfinished, json.dumps({"of": stamp, "rows": list(done.values())}))
-    return [done[variant.name, variant.density] for variant in variants]
-
-
 def summary(record: Result) -> str:
     """One line: the accuracy of the whole adapter and of the structured variants."""
     rows = [row for row in record.data["rows"] if row["kind"] == "structured"]
     return ", ".join(f"{row['name']} {row['accuracy']:.1f}" for row in rows)
-
-
-def _evaluate(
-    weights: AdapterWeights, variant: Variant, evaluator: AdapterEvaluator, task: str, layer_pattern: str | None
-) -> dict[str, Any]:
-    pruned = variant.of(weights, layer_pattern)
-    outcome = evaluator(pruned, task)
-    return {
-        "kind": variant.kind,
-        "name": variant.name,
-        "density": variant.density,
-        "accuracy": outcome.accuracy,
-        "loss": outcome.loss,
-        "correct": pack_bits(outcome.correct),
-        "parameters": size(pruned).parameters,
-        "bytes": variant.bytes_of(pruned),
-    }
-
-
-def _loads(config: RunConfig) -> tuple:
-    """What an evaluator has loaded."""
-    return config.model, config.data
-
-
-def _stamp(weights: AdapterWeights, evaluator: AdapterEvaluator, task: str, more: str) -> str:
-    """Tells an unfinished file of this adapter, model and data from that of others."""
-    digest = hashlib.sha256(repr((_loads(evaluator.config), evaluator.split, task, more)).encode())
-    for key, tensor in sorted(weights.state_dict().items()):
-        digest.update(key.encode() + tensor.float().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _unfinished_rows(file: Path | None, stamp: str) -> dict[tuple[str, float], dict[str, Any]]:
-    if file is None or not file.is_file():
-        return {}
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    return {(row["name"], row["density"]): row for row in kept["rows"]} if kept["of"] == stamp else {}

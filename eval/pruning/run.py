@@ -12,7 +12,6 @@ import functools
 import sys
 from pathlib import Path
 
-from copra_llm.cli.common import bar
 from copra_llm.errors import exit_on_input_error
 from copra_llm.protocols.pruning import read_plan, run_plan
 
@@ -32,6 +31,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--data_root")
+    parser.add_argument("--workers", type=int, help="processes side by side; default: one a GPU, or one a core")
     args = parser.parse_args()
     for model, plan in read_plan(args.plan).items():
         if args.models is None or model in args.models:
@@ -39,7 +39,7 @@ def main() -> None:
             methods = [method for method in plan.methods if args.methods is None or method in args.methods]
             chosen = dataclasses.replace(plan, tasks=tasks, methods=methods)
             say = functools.partial(print, flush=True)
-            run_plan(model, chosen, args.runs, args.results, args.work, args.data_root, say, bar("variant"))
+            run_plan(model, chosen, args.runs, args.results, args.work, args.data_root, say, args.workers)
 
 
 if __name__ == "__main__":
