@@ -90,6 +90,10 @@ class AdapterWeights:
             # By their full names: what chose the old modules may leave out a new one.
             restrictions = ("layers_to_transform", "layers_pattern", "exclude_modules")
             config |= {"target_modules": sorted(factors), **{key: None for key in restrictions if key in config}}
+            for key in ("rank_pattern", "alpha_pattern"):
+                patterns = config.get(key) or {}
+                used = {p for p in patterns if any(get_pattern_key([p], name) == p for name in factors)}
+                config[key] = {p: value for p, value in patterns.items() if p in used}
         dropped = sorted(self.factors.keys() - factors.keys())
         # PEFT would also take a longer name that ends like a target's.
         longer = [name for name in dropped if any(name.endswith(f".{target}") for target in factors)]
