@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from copra_llm.adapters import AdapterWeights
+from copra_llm.adapters import AdapterWeights, LoraFactors
 from copra_llm.errors import InputError, nearest
 from copra_llm.gates import group_players
 from copra_llm.quantise import KINDS, quantise, quantised_bytes
@@ -83,7 +83,7 @@ class Variant:
         """The variant of an adapter, as it would be written.
 
         Raises:
-            InputError: if the adapter has not what is to be kept, or nothing would be left of it.
+            InputError: if the adapter has not what is to be kept.
         """
         weights = structured(weights, self.keep, layer_pattern)
         if self.by is not None and self.density < 1.0:
@@ -259,23 +259,25 @@ def shrunk(weights: AdapterWeights) -> AdapterWeights:
     """The adapter without the ranks that add nothing: a row of A, or the column of B that meets it, is all 0.
 
     Delta W is the same. A module of which no rank is left is dropped, unless something else is stored for it
-    (DoRA's magnitude acts without factors too): then one rank of zeros stays.
-
-    Raises:
-        InputError: if nothing is left.
+    (DoRA's magnitude acts without factors too): then one rank of zeros stays. So it does in one module of an adapter
+    that adds nothing at all, since PEFT loads no empty one.
     """
     stored_for = {key.partition(".lora_")[0] for key in weights.extras if ".lora_" in key}
     factors = {}
     for name, f in weights.factors.items():
         live = f.lora_A.any(1) & f.lora_B.any(0)  # (r,)
-        if not live.any() and any(key.endswith(f".{name}") for key in stored_for):
-            live[0] = True
-            f = dataclasses.replace(f, lora_A=torch.zeros_like(f.lora_A), lora_B=torch.zeros_like(f.lora_B))
         if live.any():
             factors[name] = dataclasses.replace(f, lora_A=f.lora_A[live], lora_B=f.lora_B[:, live])
+        elif any(key.endswith(f".{name}") for key in stored_for):
+            factors[name] = _zero_rank(f)
     if not factors:
-        raise InputError(f"nothing is left of {weights.source}: no rank has entries in both A and B; keep more")
+        first = min(weights.factors)
+        factors = {first: _zero_rank(weights.factors[first])}
     return weights.with_factors(factors, weights.source)
+
+
+def _zero_rank(f: LoraFactors) -> LoraFactors:
+    return dataclasses.replace(f, lora_A=torch.zeros_like(f.lora_A[:1]), lora_B=torch.zeros_like(f.lora_B[:, :1]))
 
 
 def _check(weights: AdapterWeights) -> None:

@@ -78,6 +78,9 @@ def _write(weights, variant, output: Path, layer_pattern: str | None) -> None:
     from copra_llm.prune import size
 
     pruned = variant.of(weights, layer_pattern)
+    if not any(bool(f.lora_A.any()) for f in pruned.factors.values()):
+        raise InputError(f"nothing is left of {weights.source} at density {variant.density:g}: no rank has entries in "
+                         "both A and B; keep more")  # fmt: skip
     before, after = size(weights, layer_pattern), size(pruned, layer_pattern)
     save_adapter_weights(pruned, output)
     print(f"layers: {len(after.layers)} of {len(before.layers)}: {', '.join(after.layers)}")
