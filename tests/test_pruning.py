@@ -16,7 +16,8 @@ from copra_llm.errors import InputError
 from copra_llm.evaluate import Evaluation
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.protocols import pruning
-from copra_llm.protocols.pruning import Plan, find_runs, read_plan, run_plan
+from copra_llm.protocols.plans import read_plans
+from copra_llm.protocols.pruning import Plan, find_runs, run_plan
 from copra_llm.prune import Variant, structured_names
 from copra_llm.report import find_results, t_975
 from copra_llm.report_pruning import averaged, plot_pruning, pruning_details, pruning_series, pruning_table
@@ -220,7 +221,7 @@ def test_all_variants_of_the_figure():
 
 
 def test_the_committed_plan_is_read():
-    plan = read_plan(ROOT / "eval" / "pruning" / "plan.yaml")["minilm"]
+    plan = read_plans(ROOT / "eval" / "pruning" / "plan.yaml", Plan)["minilm"]
     assert len(plan.seeds) >= 3 and set(plan.methods) == {"lora", "coto", "copra"} and "copra" in plan.early_methods
 
 
@@ -250,7 +251,7 @@ def test_a_plan_that_is_wrong_is_refused(old, new, expected, tmp_path):
     assert old in GOOD
     path.write_text(GOOD.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(InputError) as refusal:
-        read_plan(path)
+        read_plans(path, Plan)
     assert expected in str(refusal.value)
 
 

@@ -17,17 +17,16 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
 
 from copra_llm.adapters import load_adapter_weights
-from copra_llm.config import RunConfig, read_settings, read_yaml, typed
+from copra_llm.config import RunConfig, read_settings
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.protocols.jobs import Job, run_jobs
+from copra_llm.protocols.plans import check_runs, need_entries
 from copra_llm.protocols.runs import portable
 from copra_llm.prune import Variant, structured_names
 from copra_llm.results import Result
-from copra_llm.tasks.mtl15 import get_task
 from copra_llm.train import train_adapter
 from copra_llm.variants import figure_variants, finish, loaded_by, unfinished_file, variants_record
 
@@ -52,40 +51,13 @@ class Plan:
     early_methods: list[str]
 
     def __post_init__(self):
-        for name in ("tasks", "methods", "seeds"):
-            if not getattr(self, name):
-                raise InputError(f"the plan's {name} is empty; give at least one")
-        for task, method in itertools.product([*self.tasks, *self.early_tasks], [*self.methods, *self.early_methods]):
-            get_task(task)
-            RunConfig().replace(method=method)
+        need_entries(self, "tasks", "methods", "seeds")
+        check_runs([*self.tasks, *self.early_tasks], [*self.methods, *self.early_methods], {})
         self.variants([], 0)
 
     def variants(self, keep: Iterable[str], seed: int) -> list[Variant]:
         """What is evaluated of an adapter."""
         return figure_variants(keep, seed, self.densities, self.by, self.quantise)
-
-
-def read_plan(path: Path) -> dict[str, Plan]:
-    """`{model: Plan}` from YAML; `all` holds what the models share.
-
-    Raises:
-        InputError: if the file or an entry is not of that form.
-    """
-    values = read_yaml(Path(path))
-    types = get_type_hints(Plan)
-    for name, entry in values.items():
-        if not isinstance(entry, dict):
-            raise InputError(f"{path}: {name} is {entry!r}, but must hold {', '.join(types)}")
-    shared = values.pop("all", {})
-    plans = {}
-    for model, own in values.items():
-        entry = shared | own
-        wrong = sorted(set(types) ^ set(entry))
-        if wrong:
-            what = f"lacks {wrong[0]}" if wrong[0] in types else f"has the unknown entry {wrong[0]}"
-            raise InputError(f"{path}: the plan of {model} {what}; it needs {', '.join(types)}")
-        plans[model] = Plan(**{key: typed(path, key, value, types[key]) for key, value in entry.items()})
-    return plans
 
 
 def run_plan(
@@ -102,7 +74,7 @@ def run_plan(
 
     Args:
         model: name of the folder below `runs`.
-        plan: from `read_plan`.
+        plan: what is wanted.
         runs: adapters lie in `runs/<model>/<task>/<method>/<run>/`, as training writes them.
         results: records go to `results/<model>/<task>/<method>/<run>[-early].json`.
         work: runs without a checkpoint at T/4 are trained again here.
