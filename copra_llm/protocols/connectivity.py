@@ -25,7 +25,7 @@ from copra_llm.adapters import load_adapter_weights
 from copra_llm.config import RunConfig, read_yaml, typed, typed_settings
 from copra_llm.errors import InputError
 from copra_llm.interpolate import line, line_record
-from copra_llm.merge import check_method
+from copra_llm.merge import check_line
 from copra_llm.results import Result, read_result, write_result
 from copra_llm.tasks.mtl15 import get_task
 from copra_llm.train import train_adapter
@@ -55,7 +55,7 @@ class Plan:
             get_task(task)
             RunConfig().replace(**self.settings | {"tasks": [task], "method": method})
         for merge_method, points in self.points.items():
-            check_method(merge_method)
+            check_line(merge_method)
             line(points)
 
 
