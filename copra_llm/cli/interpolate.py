@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from copra_llm.cli.common import add_data_arguments, bar, config_of, fresh_output
-from copra_llm.cli.merge import add_method_arguments, method_options
+from copra_llm.cli.merge import LINES, add_method_arguments, method_options
 from copra_llm.errors import InputError
 
 HELP = "Accuracy and loss along the line between two adapters."
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--points", type=int, default=21, help="weights from 0 to 1: both ends and the middle, so odd")
     parser.add_argument("--output", required=True, help="folder for curve-<n>.json, curves.png and curves.svg")
     add_data_arguments(parser)
-    add_method_arguments(parser)
+    add_method_arguments(parser, LINES)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 from copra_llm.cli.common import bar, fresh_output
 
 HELP = "Merge adapters of one base model into one."
 RULES = {
     "fusion": "average the factors: s (sum w B)(sum w A); keeps the rank, has cross terms [pad]",
-    "mixture": "average the weight changes, exactly: rank sum r",
-    "truncated": "the mixture's best approximation of --rank (default: the largest of the adapters')",
-    "align": "turn the factors to the first's by the best orthogonal P, then fusion [pad]",
+    "mixture": "average the weight changes dW, exactly; the rank is sum r []",
+    "truncated": "the mixture's best approximation of a rank, by default the adapters' largest [rank]",
+    "align": "turn the factors towards the first's by the best orthogonal P, then fusion [pad]",
     "align-learned": "the same with a learned invertible P, the paper's objective [steps, pad]",
-    "task-arithmetic": "add the weight changes: scale * sum w dW; exact, or cut to --rank",
-    "ties": "trim to --density (0.2), elect signs, average what agrees [on, rank, pad]",
-    "dare": "drop entries down to --density (0.5), rescale, add [seed, on, rank]",
-    "dare-ties": "drop as in dare, then elect and average as in ties [seed, on, rank, pad]",
-    "knots": "SVD of [dW_1 ... dW_n], TIES on the adapters' right parts [density 0.2, rank]",
-    "core-space": "any --inner rule in the adapters' common space [density, seed, rank]",
-    "iso-c": "the sum with all its singular values set to their mean [rank]",
+    "task-arithmetic": "add the weight changes: scale * sum w dW [rank]",
+    "ties": "trim to the largest entries, elect signs, average what agrees [density 0.2, on, rank, pad]",
+    "dare": "drop entries at random, rescale, add [density 0.5, on, rank, seed]",
+    "dare-ties": "drop as in dare, then elect and average as in ties [density 0.5, on, rank, pad, seed]",
+    "knots": "SVD of [dW_1, ..., dW_n], ties on the adapters' right parts [density 0.2, rank]",
+    "core-space": "any inner rule, in the smallest space that holds all adapters [inner, density, rank, seed]",
+    "iso-c": "the sum, all its singular values set to their mean [rank]",
     "tsv-m": "each adapter's singular vectors, made orthogonal to the others' [density, rank]",
 }
-"""`--method` -> what it does and the options it takes; the equations stand in the files of `copra_llm/merge/`."""
+"""`--method` -> what it does [its options, besides `--scale`]; the equations stand in the files of `copra_llm/merge/`."""
+LINES = ("fusion", "mixture", "truncated", "align", "align-learned", "task-arithmetic")
+"""Those whose line between two adapters ends in the adapters themselves."""
 OPTIONS = ("rank", "density", "on", "inner", "scale", "steps", "pad", "seed")
 
 
@@ -34,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_method_arguments(parser)
 
 
-def add_method_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--method` and the options of the rules, with a line about every rule below the help."""
+def add_method_arguments(parser: argparse.ArgumentParser, methods: Iterable[str] = RULES) -> None:
+    """`--method` and the options of the rules, with a line about every method below the help."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "methods:\n" + "\n".join(f"  {name:16} {text}" for name, text in RULES.items())
+    parser.epilog = "methods and their options:\n" + "\n".join(f"  {name:16} {RULES[name]}" for name in methods)
     add = parser.add_argument
     add("--method", default="fusion", help="one of those below; default: fusion")
     add("--rank", type=int, help="cut the result to this rank; what that loses is printed")
@@ -46,7 +49,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add("--on", help="factors (A and B, as PEFT does; the default) or delta (dW itself, in blocks, then cut to "
         "--rank): ties, dare, dare-ties")  # fmt: skip
     add("--inner", help="rule inside core-space: task-arithmetic, ties (default), dare, dare-ties, iso-c, tsv-m")
-    add("--scale", type=float, help="factor on the result, where weights need not sum to 1")
+    add("--scale", type=float, help="factor on the result, for methods whose weights need not sum to 1")
     add("--steps", type=int, help="most steps of align-learned's descent; default: 100")
     add("--pad", help="zero: fill smaller ranks and missing modules up with zeros, where equal ones are needed")
     add("--seed", type=int, help="of the masks of dare and dare-ties; default: 0")

@@ -1,7 +1,8 @@
 """LoRA-align with a learned P: the paper's objective, by gradient descent.
 
     min over invertible P of  ||B_1 - B_2 P||_F + ||A_1 - P^-1 A_2||_F,        P = U diag(exp(d)) V^T
-    U = U_0 exp(X - X^T),  V = V_0 exp(Y - Y^T);        X = Y = d = 0 is the orthogonal P of align.py
+    U = U_0 (1 - X')^-1 (1 + X'),  X' = X - X^T  (Cayley's form of a rotation);  V likewise by Y
+    X = Y = d = 0 is the orthogonal P of align.py
 
 In its SVD form P stays invertible and its inverse costs nothing. The norms depend on B_1, B_2 only through the
 triangular factor of [B_1, B_2], and so do those of A, so a step works on matrices of 2r rows, whatever the
@@ -57,17 +58,21 @@ def learn(first: Pair, other: Pair, steps: int = 100) -> Tensor:
     (left1, left2), (right1, right2) = left.split(r, 1), right.split(r, 1)  # (at most 2r, r) each
     start = procrustes(first, other)
     U0, _, V0h = torch.linalg.svd(start)
-    X, Y, d = (torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in ((r, r), (r, r), (r,)))
+    one = torch.eye(r, dtype=torch.float64)
+    free = torch.zeros(2 * r * r + r, dtype=torch.float64, requires_grad=True)  # X, Y and d in one row
 
     def parts() -> tuple[Tensor, Tensor]:
-        U, V = U0 @ torch.linalg.matrix_exp(X - X.T), V0h.T @ torch.linalg.matrix_exp(Y - Y.T)
-        return (U * d.exp()) @ V.T, (V * (-d).exp()) @ U.T
+        XY, stretch = free[: 2 * r * r].view(2, r, r), free[2 * r * r :].exp()
+        skew = XY - XY.mT
+        turn = torch.linalg.solve(one - skew, one + skew)  # (2, r, r)
+        U, V = U0 @ turn[0], V0h.T @ turn[1]
+        return (U * stretch) @ V.T, (V / stretch) @ U.T
 
     def objective(P: Tensor, inverse: Tensor) -> Tensor:
         return torch.linalg.matrix_norm(left1 - left2 @ P) + torch.linalg.matrix_norm(right1 - right2 @ inverse.T)
 
     optimizer = torch.optim.LBFGS(
-        [X, Y, d], max_iter=steps, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        [free], max_iter=steps, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:

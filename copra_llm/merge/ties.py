@@ -53,8 +53,8 @@ def ties(
     """
     if on == "delta":
         deltas = Deltas(factors)
-        limits = torch.tensor([deltas.kth_largest(i, kept(density, deltas.size)) for i in range(len(factors))])
-        limits = limits.view(-1, 1, 1)
+        limits = [deltas.kth_largest(i, kept(density, deltas.size)) for i in range(len(factors))]
+        limits = torch.tensor(limits, dtype=torch.float64).view(-1, 1, 1)
         return deltas.merged(lambda _, x: elect(trim(x, limits), weights), rank or max(f.r for f in factors), note)
     sides = rooted(same_rank(factors, pad, "ties on factors", "--on delta or --pad zero"))
     lora_A, lora_B = (elect(torch.stack([trim(x, threshold(x, density)) for x in side]), weights) for side in sides)
