@@ -70,8 +70,8 @@ def test_the_help_knows_every_rule_and_option(capsys):
         text = capsys.readouterr().out
         assert {name for name, line in RULES.items() if f"  {name:16} {line}" in text} == set(methods)
     for method, line in RULES.items():
-        bracket = re.search(r"\[([^\]]*)\]$", line)[1]
-        named = {part.split()[0]: part.split()[1:] for part in bracket.split(", ") if part}
+        bracket = re.search(r"\[([a-z0-9., ]*)\]$", line)
+        named = {part.split()[0]: part.split()[1:] for part in (bracket[1].split(", ") if bracket else [])}
         assert named.keys() | {"scale"} == {*options_of(method), "scale"}, method
         parameters = inspect.signature(METHODS[method]).parameters
         for name, default in named.items():

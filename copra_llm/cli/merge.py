@@ -10,7 +10,7 @@ from copra_llm.cli.common import bar, fresh_output
 HELP = "Merge adapters of one base model into one."
 RULES = {
     "fusion": "average the factors: s (sum w B)(sum w A); keeps the rank, has cross terms [pad]",
-    "mixture": "average the weight changes dW, exactly; the rank is sum r []",
+    "mixture": "average the weight changes dW, exactly; the rank is sum r",
     "truncated": "the mixture's best approximation of a rank, by default the adapters' largest [rank]",
     "align": "turn the factors towards the first's by the best orthogonal P, then fusion [pad]",
     "align-learned": "the same with a learned invertible P, the paper's objective [steps, pad]",
@@ -23,7 +23,7 @@ RULES = {
     "iso-c": "the sum, all its singular values set to their mean [rank]",
     "tsv-m": "each adapter's singular vectors, made orthogonal to the others' [density, rank]",
 }
-"""`--method` -> what it does [its options, besides `--scale`]; the equations stand in the files of `copra_llm/merge/`."""
+"""`--method` -> what it does [its options besides `--scale`]; the equations stand in `copra_llm/merge/`."""
 LINES = ("fusion", "mixture", "truncated", "align", "align-learned", "task-arithmetic")
 """Those whose line between two adapters ends in the adapters themselves."""
 OPTIONS = ("rank", "density", "on", "inner", "scale", "steps", "pad", "seed")
