@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from examples import random_adapter
-from merge_reference import dense, factors, near
+from merge_reference import dense, factors, near, trimmed
 
 from copra_llm.adapters import LoraFactors
 from copra_llm.errors import InputError
@@ -32,6 +32,14 @@ def test_tsv_m_of_copies_is_their_mean():
     """Shared directions count once: 1 each by default, as in the paper."""
     first = factors(0, 3, (14, 9), 2.0)
     assert near(METHODS["tsv-m"]([first] * 3, [1.0] * 3), dense(first))
+
+
+def test_knots_of_copies_trims_their_right_vectors():
+    """[dW, dW, dW] has three singular values, not nine: directions without one take no part in the trimming."""
+    first = factors(0, 3, (14, 9), 2.0)
+    U, S, Vh = np.linalg.svd(dense(first), full_matrices=False)
+    merged = METHODS["knots"]([first] * 3, [1.0] * 3, density=0.5)
+    assert near(merged, (U[:, :3] * S[:3]) @ trimmed(Vh[:3], 0.5)) and merged.r == 3
 
 
 def test_tsv_m_of_orthogonal_adapters_is_their_sum():
@@ -102,6 +110,17 @@ def test_unequal_targets_are_joined(method):
     weight = 0.5 if method in AVERAGES else 1.0
     alone = METHODS[method]([adapters[0].factors[names[0]]], [weight], **options)
     assert torch.equal(merged.factors[names[0]].delta_weight(), alone.delta_weight())
+
+
+def test_every_pair_is_checked():
+    """What the first adapter lacks, the others must agree on."""
+    names = list(random_adapter(0).factors)
+    first = random_adapter(0, {names[0]: 2})
+    heads = [
+        dataclasses.replace(random_adapter(i, {names[0]: 2}), heads={"t.weight": torch.ones(1) * i}) for i in (1, 2)
+    ]
+    with pytest.raises(InputError, match="adapter-1 and adapter-2 have different heads for t,"):
+        merge([first, *heads], "mixture")
 
 
 # --- unequal ranks, padded ------------------------------------------------------------------------------------------

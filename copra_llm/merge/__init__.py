@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,8 +104,8 @@ def merge(
     alike = method in ALIKE and options.get("pad") is None
     for adapter in adapters:
         check_alone(adapter)
-    for other in adapters[1:]:
-        check_pair(adapters[0], other, method if alike else None)
+    for first, other in itertools.combinations(adapters, 2):
+        check_pair(first, other, method if alike else None)
     factors = {}
     for name in progress(list(dict.fromkeys(name for a in adapters for name in a.factors))):
         pairs = [(a.factors[name], w) for a, w in zip(adapters, weights, strict=True) if name in a.factors]
