@@ -22,7 +22,7 @@ from copra_llm.adapters import AdapterWeights
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
-from copra_llm.merge import merge
+from copra_llm.merge import check_line, merge
 from copra_llm.results import Result, pack_bits, peak_memory_bytes
 
 
@@ -102,6 +102,7 @@ def interpolate(
     *,
     method: str,
     alphas: np.ndarray,
+    merge_options: dict | None = None,
     progress: Callable = iter,
 ) -> Curve:
     """Evaluate the merge of two adapters at every weight.
@@ -110,11 +111,15 @@ def interpolate(
         first, second: the ends; `first` has weight alpha.
         evaluator: the model and the split.
         task: what is evaluated.
-        method: a key of `copra_llm.merge.METHODS`.
+        method: one of `copra_llm.merge.LINES`.
         alphas: weights of the first adapter `(points,)`.
+        merge_options: the rule's.
         progress: wraps the iterable of weights, e.g. `tqdm`.
     """
-    outcomes = [evaluator(merge([first, second], method, [a, 1 - a]), task) for a in progress(list(map(float, alphas)))]
+    check_line(method)
+    points = progress(list(map(float, alphas)))
+    merged = (merge([first, second], method, [a, 1 - a], **merge_options or {}) for a in points)
+    outcomes = [evaluator(weights, task) for weights in merged]
     return Curve(np.asarray(alphas), np.stack([o.correct for o in outcomes]), np.stack([o.nll for o in outcomes]))
 
 
@@ -126,6 +131,7 @@ def line_record(
     method: str,
     points: int,
     split: str = "test",
+    merge_options: dict | None = None,
     settings: dict | None = None,
     progress: Callable = iter,
 ) -> Result:
@@ -135,15 +141,18 @@ def line_record(
         ends: the two adapters.
         config: the run's settings: model, data, batch size; kept in the record.
         task, split: what is evaluated.
-        method: a key of `copra_llm.merge.METHODS`.
+        method: one of `copra_llm.merge.LINES`.
         points: of the line, both ends and the middle among them.
+        merge_options: the rule's.
         settings: more entries for the record's config.
         progress: wraps the iterable of weights.
     """
     started = time.time()
     evaluator = AdapterEvaluator(config, [task], split)
-    curve = interpolate(*ends, evaluator, task, method=method, alphas=line(points), progress=progress)
-    own = {"label": config.schedule.method, "merge_method": method, "split": split, "task": task, "points": points}
+    rule = {"method": method, "merge_options": merge_options or {}}
+    curve = interpolate(*ends, evaluator, task, alphas=line(points), progress=progress, **rule)
+    own = {"label": config.schedule.method, "merge_method": method, "merge_options": merge_options or {}}
+    own |= {"split": split, "task": task, "points": points}
     return curve_record(curve, own | (settings or {}) | config.flat(), evaluator, time.time() - started)
 
 

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from copra_llm.adapters import LoraFactors, load_adapter_weights, save_adapter_weights
+from copra_llm.adapters import AdapterWeights, LoraFactors, load_adapter_weights, save_adapter_weights
 from copra_llm.errors import InputError
-from copra_llm.merge import METHODS, merge
+from copra_llm.merge import AVERAGES, LINES, METHODS, merge
 from copra_llm.merge.fusion import fuse
 from copra_llm.merge.mixture import mix
 
@@ -44,8 +44,14 @@ def dense(f: LoraFactors) -> tuple[np.ndarray, np.ndarray]:
     return f.lora_A.double().numpy(), f.lora_B.double().numpy()
 
 
-def in_float64(f: LoraFactors) -> LoraFactors:
-    return LoraFactors(f.lora_A.double(), f.lora_B.double(), f.scaling)
+def in_double(adapters: list[AdapterWeights], method: str, weights: list[float]) -> AdapterWeights:
+    """The merge of the same numbers without rounding to their dtype."""
+    return merge([
+        dataclasses.replace(a, factors={
+            name: LoraFactors(f.lora_A.double(), f.lora_B.double(), f.scaling) for name, f in a.factors.items()
+        })
+        for a in adapters
+    ], method, weights)  # fmt: skip
 
 
 def close(a: Tensor | np.ndarray, b: Tensor | np.ndarray, scale: float = 100.0) -> bool:
@@ -91,7 +97,7 @@ def test_fusion_brings_unequal_scalings_to_the_first(weights, scalings, seed):
     assert close(fuse(parts, weights).delta_weight(), expected, scale=1e3 * sum(map(abs, weights)) ** 2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(LINES))
 @settings(max_examples=20, deadline=None)
 @given(scalings=st.lists(SCALINGS, min_size=2, max_size=2), seed=st.integers(0, 99))
 def test_one_hot_weights_give_that_adapters_delta(method, scalings, seed):
@@ -194,7 +200,7 @@ def test_written_merge_has_the_promised_delta(method, tmp_path):
     loaded = deltas_loaded_by_peft(tmp_path / "merged")
     for name, f in merged.factors.items():
         assert bool((abs(loaded[name] - f.delta_weight()) <= rounding(merged, name)).all())
-        exact = METHODS[method]([in_float64(a.factors[name]) for a in adapters], [0.3, 0.7])
+        exact = in_double(adapters, method, [0.3, 0.7]).factors[name]
         assert bool((abs(loaded[name] - exact.delta_weight()) <= rounding(merged, name)).all())
 
 
@@ -206,7 +212,7 @@ def test_merged_factors_have_the_first_adapters_dtype(method, dtype):
     merged = merge(adapters, method, [0.25, 0.75])
     for name, f in merged.factors.items():
         assert f.lora_A.dtype == f.lora_B.dtype == dtype
-        exact = METHODS[method]([in_float64(a.factors[name]) for a in adapters], [0.25, 0.75])
+        exact = in_double(adapters, method, [0.25, 0.75]).factors[name]
         assert bool((abs(f.delta_weight() - exact.delta_weight()) <= rounding(merged, name)).all())
 
 
@@ -224,6 +230,9 @@ def test_merge_of_one_is_that_adapter(method, tmp_path):
         assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "as it is" / name).read_bytes()
 
 
+Q, V = "model.layers.0.q_proj", "model.layers.0.v_proj"
+
+
 def with_extra(seed: int, key: str, value: float):
     extras = {f"base_model.model.{key}": torch.full((2, 2), value), "base_model.model.equal": torch.ones(1)}
     return dataclasses.replace(random_adapter(seed), extras=extras)
@@ -238,17 +247,26 @@ def dora(seed: int):
     return dataclasses.replace(adapter, config=adapter.config | {"use_dora": True})
 
 
+def pissa(seed: int):
+    adapter = random_adapter(seed)
+    return dataclasses.replace(adapter, config=adapter.config | {"init_lora_weights": "pissa_niter_4"})
+
+
+def broken(seed: int):
+    adapter = random_adapter(seed)
+    adapter.factors[V].lora_B[0, 0] = math.inf
+    return adapter
+
+
 def transposed(seed: int):
     adapter = random_adapter(seed)
     turned = {n: LoraFactors(f.lora_B.T.contiguous(), f.lora_A.T.contiguous(), 1.0) for n, f in adapter.factors.items()}
     return dataclasses.replace(adapter, factors=turned)
 
 
-Q, V = "model.layers.0.q_proj", "model.layers.0.v_proj"
-BOTH = {
-    "weights do not sum to 1": ([random_adapter(0), random_adapter(1)], [0.5, 0.6], ["1.1", "sum to 1"]),
-    "weights are no numbers": ([random_adapter(0), random_adapter(1)], [math.nan, 0.5], ["nan", "sum to 1"]),
-    "weights are infinite": ([random_adapter(0), random_adapter(1)], [math.inf, -math.inf], ["nan", "sum to 1"]),
+ALL = {
+    "weights are no numbers": ([random_adapter(0), random_adapter(1)], [math.nan, 0.5], ["nan"]),
+    "weights are infinite": ([random_adapter(0), random_adapter(1)], [math.inf, 0.0], ["inf"]),
     "count of weights": ([random_adapter(0), random_adapter(1)], [1.0], ["2 adapters", "1 weights"]),
     "bases": ([random_adapter(0), random_adapter(1, base="owner/other")], None, [BASE, "owner/other"]),
     "shapes": ([random_adapter(0, {Q: 4}), transposed(1)], None, ["(8, 6)", "(6, 8)", Q]),
@@ -259,6 +277,8 @@ BOTH = {
                                ["adapter-0", "adapter-1", "equal"]),
     "DoRA": ([dora(0), dora(1)], None, ["adapter-0 is a DoRA adapter", "fold"]),
     "DoRA second": ([random_adapter(0), dora(1)], None, ["adapter-1 is a DoRA adapter", "fold"]),
+    "PiSSA": ([pissa(0), random_adapter(1)], None, ["adapter-0 was initialised by pissa_niter_4", "convert it"]),
+    "not finite": ([random_adapter(0), broken(1)], None, ["adapter-1", V, "not finite"]),
     "embedding factors": ([with_extra(0, "wte.lora_embedding_A", 1)] * 2, None, ["adapter-0", "wte.lora_embedding_A"]),
 }  # fmt: skip
 FUSION_ONLY = {
@@ -269,13 +289,24 @@ FUSION_ONLY = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", BOTH)
-def test_refused_by_both(method, kind):
+@pytest.mark.parametrize("kind", ALL)
+def test_refused_by_all(method, kind):
     """One sentence with both values, before anything is computed."""
-    adapters, weights, expected = BOTH[kind]
+    adapters, weights, expected = ALL[kind]
     with pytest.raises(InputError) as refusal:
         merge(adapters, method, weights)
     assert all(part in str(refusal.value) for part in expected), refusal.value
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_weights_sum_to_one_where_they_are_shares(method):
+    """Averages refuse any other sum; the rest take it."""
+    adapters = [random_adapter(0), random_adapter(1)]
+    if method in AVERAGES:
+        with pytest.raises(InputError, match=f"the weights sum to 1.1, but {method} needs them to sum to 1"):
+            merge(adapters, method, [0.5, 0.6])
+    else:
+        assert merge(adapters, method, [0.5, 0.6]).factors.keys() == adapters[0].factors.keys()
 
 
 @pytest.mark.parametrize("kind", FUSION_ONLY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from copra_llm.cli.common import add_data_arguments, bar, config_of, fresh_output
+from copra_llm.cli.merge import LINES, add_method_arguments, method_options
 from copra_llm.errors import InputError
 
 HELP = "Accuracy and loss along the line between two adapters."
@@ -14,14 +15,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="the two ends; --pair gives more lines")
     parser.add_argument("--pair", nargs=2, action="append", default=[], metavar="ADAPTER", help="one more curve")
     parser.add_argument("--labels", nargs="+", help="names of the curves in the plot; default: each run's method")
-    parser.add_argument("--method", default="fusion", help="fusion or mixture")
     parser.add_argument("--points", type=int, default=21, help="weights from 0 to 1: both ends and the middle, so odd")
     parser.add_argument("--output", required=True, help="folder for curve-<n>.json, curves.png and curves.svg")
     add_data_arguments(parser)
+    add_method_arguments(parser, LINES)
 
 
 def run(args: argparse.Namespace) -> int:
     from copra_llm.interpolate import line
+    from copra_llm.merge import check_line, check_options
     from copra_llm.report import plot_curves, require_matplotlib
     from copra_llm.results import write_result
 
@@ -29,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
         given = len(args.adapters)
         raise InputError(f"{given} adapters were given, but a line has two ends; add lines with --pair A B")
     line(args.points)
+    check_line(args.method)
+    check_options(args.method, method_options(args))
     pairs = [args.adapters, *args.pair]
     if args.labels and len(args.labels) != len(pairs):
         raise InputError(f"{len(args.labels)} labels were given for {len(pairs)} curves; give one each")
@@ -55,6 +59,7 @@ def _record(pair: list[str], args: argparse.Namespace, label: str | None):
         config,
         args.task,
         method=args.method,
+        merge_options=method_options(args),
         points=args.points,
         split=args.split,
         settings=settings,

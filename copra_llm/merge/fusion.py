@@ -15,26 +15,45 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from copra_llm.adapters import LoraFactors
 from copra_llm.errors import InputError
+from copra_llm.merge.pad import same_rank
 
 
-def fuse(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
-    """Fuse one module's factors; the result has the first one's rank, scaling and dtype.
+def fuse(factors: Sequence[LoraFactors], weights: Sequence[float], *, pad: str | None = None) -> LoraFactors:
+    """Fuse one module's factors; the result has the first one's scaling and dtype, and the largest rank.
+
+    Args:
+        factors: one module's.
+        weights: one for each adapter.
+        pad: "zero" to fill smaller ranks up with zeros.
 
     Raises:
-        InputError: if the ranks differ, or the first scaling is 0.
+        InputError: if the ranks differ and `pad` is None, or the first scaling is 0.
     """
+    factors = same_rank(factors, pad, "fusion", "--method mixture or --pad zero")
     first = factors[0]
-    if first.scaling == 0.0:
-        raise InputError("the first adapter's scaling is 0, and fusion brings the others to it; put it last")
-    if any(f.r != first.r for f in factors):
-        ranks = " and ".join(str(r) for r in dict.fromkeys(f.r for f in factors))
-        raise InputError(f"fusion needs equal ranks, but they are {ranks}; use --method mixture")
     lora_A, lora_B = 0, 0
-    for f, weight in zip(factors, weights, strict=True):
-        ratio = f.scaling / first.scaling
-        root = math.sqrt(abs(ratio))
-        lora_A = lora_A + (weight * root) * f.lora_A.double()
-        lora_B = lora_B + math.copysign(weight * root, ratio * weight) * f.lora_B.double()
+    for (own_A, own_B), weight in zip(at_first_scaling(factors), weights, strict=True):
+        lora_A = lora_A + weight * own_A
+        lora_B = lora_B + weight * own_B
     return LoraFactors(lora_A.to(first.lora_A.dtype), lora_B.to(first.lora_B.dtype), first.scaling)
+
+
+def at_first_scaling(factors: Sequence[LoraFactors]) -> list[tuple[Tensor, Tensor]]:
+    """`A (r, in)` and `B (out, r)` of each in float64, such that `s_1 B A` is its Delta W; the sign goes into B.
+
+    Raises:
+        InputError: if the first scaling is 0.
+    """
+    first = factors[0].scaling
+    if first == 0.0:
+        raise InputError("the first adapter's scaling is 0, and fusion brings the others to it; put it last")
+    pairs = []
+    for f in factors:
+        ratio = f.scaling / first
+        root = math.sqrt(abs(ratio))
+        pairs.append((root * f.lora_A.double(), math.copysign(root, ratio) * f.lora_B.double()))
+    return pairs

@@ -23,7 +23,7 @@ from typing import Any
 
 from copra_llm.config import RunConfig
 from copra_llm.interpolate import line
-from copra_llm.merge import check_method
+from copra_llm.merge import check_line
 from copra_llm.protocols.jobs import Job, run_jobs
 from copra_llm.protocols.plans import check_runs, need_entries
 from copra_llm.protocols.runs import Run, Store
@@ -50,7 +50,7 @@ class Plan:
         need_entries(self, "tasks", "methods", "seeds", "learning_rate", "max_steps")
         check_runs(self.tasks, self.methods, self.settings)
         for merge_method, points in self.points.items():
-            check_method(merge_method)
+            check_line(merge_method)
             line(points)
 
 

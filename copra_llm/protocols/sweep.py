@@ -26,7 +26,7 @@ from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.interpolate import line
-from copra_llm.merge import check_method, merge
+from copra_llm.merge import check_line, merge
 from copra_llm.protocols.jobs import Job, run_jobs
 from copra_llm.protocols.plans import check_runs, need_entries
 from copra_llm.protocols.runs import Run, Store, portable
@@ -58,7 +58,7 @@ class Sweep:
                 raise InputError(f"the plan's variant {name} is {own!r}, but must hold `setting: value` entries")
             check_runs(self.tasks, [own.get("method", "copra")], self.settings | own)
         for method, points in self.points.items():
-            check_method(method)
+            check_line(method)
             line(points)
         if any(not 0.0 < fraction <= 1.0 for fraction in self.fractions):
             raise InputError(f"the plan's fractions are {self.fractions}, but must lie in (0, 1]")
