@@ -13,10 +13,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
     ["config", "paths", "schedule", "masks", "shapley", "results", "errors"],
-    ["adapters", "gates", "models", "tasks", "classifiers", "batches"],
-    ["merge", "build"],
-    ["train", "checkpoint", "evaluate", "evaluator", "interpolate"],
-    ["protocols", "report"],
+    ["adapters", "gates", "models", "tasks", "classifiers", "batches", "saved_runs"],
+    ["merge", "build", "similarity"],
+    ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane"],
+    ["protocols", "report", "bands", "landscape_tables", "landscape_plots"],
     ["cli"],
 ]
 """Modules and subpackages of `copra_llm/`; each imports from rows above and, without a cycle, from its own."""
