@@ -18,7 +18,8 @@ from copra_llm.errors import InputError
 from copra_llm.landscape_plots import draw
 from copra_llm.landscape_tables import layerwise_table, plane_table, similarity_table
 from copra_llm.protocols import runs as protocol_runs
-from copra_llm.protocols.landscape import Plan, best_seeds, read_plan, run_plan
+from copra_llm.protocols.landscape import Plan, best_seeds, run_plan
+from copra_llm.protocols.plans import read_plans
 from copra_llm.results import Result, read_result, write_result
 from copra_llm.saved_runs import SavedRun, find_runs
 
@@ -134,7 +135,7 @@ def test_the_settings_that_were_best_on_dev_are_taken(tmp_path):
 
 
 def test_the_committed_plan_is_read():
-    plans = read_plan(ROOT / "eval" / "landscape" / "plan.yaml")
+    plans = read_plans(ROOT / "eval" / "landscape" / "plan.yaml", Plan)
     assert plans.keys() == {"minilm"} and len(plans["minilm"].seeds) == 3
 
 
@@ -162,7 +163,7 @@ def test_a_plan_that_is_wrong_is_refused(old, new, expected, tmp_path):
     assert old in GOOD
     (tmp_path / "plan.yaml").write_text(GOOD.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(InputError) as refusal:
-        read_plan(tmp_path / "plan.yaml")
+        read_plans(tmp_path / "plan.yaml", Plan)
     assert expected in str(refusal.value)
 
 

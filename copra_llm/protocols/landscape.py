@@ -21,11 +21,11 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 
-from copra_llm.config import RunConfig, read_yaml, typed, typed_settings
+from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.interpolate import line
@@ -33,11 +33,11 @@ from copra_llm.layerwise import layerwise_record
 from copra_llm.plane import plane_record
 from copra_llm.protocols.connectivity import dev_score
 from copra_llm.protocols.jobs import Job, run_jobs
+from copra_llm.protocols.plans import check_runs, need_entries
 from copra_llm.protocols.runs import Run, Store, portable, portable_name
 from copra_llm.results import read_result, write_result
 from copra_llm.saved_runs import SavedRun, find_runs, same_but_seed
 from copra_llm.similarity import KINDS, similarity_record
-from copra_llm.tasks.mtl15 import get_task
 
 SPLIT = "test"
 METHOD = "fusion"
@@ -66,37 +66,13 @@ class Plan:
     """Everything else of the runs that are trained, by the flags' names."""
 
     def __post_init__(self):
-        for name in ("tasks", "methods"):
-            if not getattr(self, name):
-                raise InputError(f"the plan's {name} is empty; give at least one")
+        need_entries(self, "tasks", "methods")
         if len(set(self.seeds)) < 2 or (self.plane_tasks and len(set(self.seeds)) < 3):
             raise InputError(f"the plan's seeds are {self.seeds}; a line needs two different ones, a plane three")
-        for task in (*self.tasks, *self.plane_tasks, *self.train_tasks):
-            get_task(task)
-        for method in self.methods:
-            RunConfig().replace(**self.settings | {"method": method})
+        check_runs([*self.tasks, *self.plane_tasks, *self.train_tasks], self.methods, self.settings)
         line(self.points)
         if self.grid < 2:
             raise InputError(f"the plan's grid is {self.grid}, but must be at least 2")
-
-
-def read_plan(path: Path) -> dict[str, Plan]:
-    """`{model: Plan}` from YAML.
-
-    Raises:
-        InputError: if the file or an entry is not of that form.
-    """
-    plans, types = {}, get_type_hints(Plan)
-    for model, entry in read_yaml(Path(path)).items():
-        if not isinstance(entry, dict):
-            raise InputError(f"{path}: {model} is {entry!r}, but must hold {', '.join(types)}")
-        wrong = sorted(types.keys() ^ entry.keys())
-        if wrong:
-            what = f"lacks {wrong[0]}" if wrong[0] in types else f"has the unknown entry {wrong[0]}"
-            raise InputError(f"{path}: the plan of {model} {what}; it needs {', '.join(types)}")
-        values = {key: typed(path, key, entry[key], types[key]) for key in types if key != "settings"}
-        plans[model] = Plan(**values, settings=typed_settings(path, entry["settings"]))
-    return plans
 
 
 def run_plan(
@@ -112,7 +88,7 @@ def run_plan(
 
     Args:
         model: `--model_name_or_path`.
-        plan: from `read_plan`.
+        plan: what is looked at.
         results: records go to `results/<model>/<task>/[<method>/]*.json`.
         runs: folder of the runs, `runs/<model>/<task>/<method>/<run>/`.
         data_root: of MTL15.

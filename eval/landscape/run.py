@@ -14,7 +14,8 @@ from pathlib import Path
 
 from copra_llm.errors import exit_on_input_error
 from copra_llm.landscape_plots import draw
-from copra_llm.protocols.landscape import read_plan, run_plan
+from copra_llm.protocols.landscape import Plan, run_plan
+from copra_llm.protocols.plans import read_plans
 from copra_llm.report import find_results
 
 HERE = Path(__file__).parent
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--data_root")
     parser.add_argument("--workers", type=int, help="processes side by side; default: one a GPU, or one a core")
     args = parser.parse_args()
-    for model, plan in read_plan(args.plan).items():
+    for model, plan in read_plans(args.plan, Plan).items():
         if args.models is None or model in args.models:
             tasks = [task for task in plan.tasks if args.tasks is None or task in args.tasks]
             methods = [method for method in plan.methods if args.methods is None or method in args.methods]
