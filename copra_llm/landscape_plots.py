@@ -89,8 +89,8 @@ def plot_planes(records: Sequence[Result], stem: Path) -> list[Path]:
     return save(figure, stem)
 
 
-def plot_similarity(record: Result, stem: Path) -> list[Path]:
-    """t-SNE (colour: method, marker: learning rate, number: seed) beside the cosine similarities.
+def plot_similarity(records: Sequence[Result], stem: Path) -> list[Path]:
+    """t-SNE (colour: method, marker: learning rate, number: seed) beside the cosine similarities, a row a record.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -98,44 +98,50 @@ def plot_similarity(record: Result, stem: Path) -> list[Path]:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    points = record.data["points"]
-    order = sorted(range(len(points)), key=lambda i: _place(points[i]))
-    figure = Figure(figsize=(10.5, 4.8), layout="constrained")
-    scatter, heat = figure.subplots(1, 2)
-    rates = sorted({p["learning_rate"] for p in points}, key=lambda rate: (rate is None, rate))
-    for method, rate in dict.fromkeys((points[i]["method"], points[i]["learning_rate"]) for i in order):
-        own = [p for p in points if (p["method"], p["learning_rate"]) == (method, rate)]
-        label = NAMES.get(method, str(method)) + (f", lr {rate:g}" if rate is not None else "")
-        scatter.plot([p["x"] for p in own], [p["y"] for p in own], MARKERS[rates.index(rate) % len(MARKERS)], ls="",
-                     color=COLOURS.get(method), label=label, ms=7, alpha=0.85)  # fmt: skip
-        for p in own:
-            if p["seed"] is not None and np.isfinite(p["x"]):
-                scatter.annotate(
-                    str(p["seed"]), (p["x"], p["y"]), fontsize=7, xytext=(5, 3), textcoords="offset points"
-                )
-    scatter.set(xticks=[], yticks=[], title="t-SNE (numbers: seeds; axes have no unit)")
-    scatter.legend(fontsize=7, frameon=False)
-    cosine = np.array(record.data["cosine"])[np.ix_(order, order)]
-    image = heat.imshow(cosine, vmin=-1, vmax=1, cmap="RdBu_r")
-    names = [f"{NAMES.get(points[i]['method'], points[i]['method'])} {points[i]['label']}" for i in order]
-    heat.set_xticks([])  # the rows' order
-    heat.set_yticks(range(len(names)), names, fontsize=5)
-    figure.colorbar(image, ax=heat, shrink=0.8)
-    heat.set_title("cosine similarity", fontsize=12)
-    on = {"delta": "ΔW", "factors": "the factors A and B"}[record.config["on"]]
-    figure.suptitle(f"{'+'.join(record.config.get('tasks', []))}: adapters compared by {on}", fontsize=10)
+    figure = Figure(figsize=(10.5, 4.6 * len(records)), layout="constrained")
+    axes = figure.subplots(len(records), 2, squeeze=False)
+    for (scatter, heat), r in zip(axes, records, strict=True):
+        on = {"delta": "ΔW", "factors": "A and B"}[r.config["on"]]
+        points = sorted(enumerate(r.data["points"]), key=lambda pair: _place(pair[1]))
+        _scatter(scatter, [p for _, p in points])
+        scatter.set_title(f"{'+'.join(r.config.get('tasks', []))}: t-SNE of {on} (numbers: seeds)", fontsize=10)
+        order = [i for i, _ in points]
+        image = heat.imshow(np.array(r.data["cosine"])[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r")
+        names = [f"{NAMES.get(p['method'], p['method'] or '')} {p['label']}" for _, p in points]
+        heat.set_xticks([])  # the rows' order
+        heat.set_yticks(range(len(names)), names, fontsize=6)
+        heat.set_title(f"cosine similarity of {on}", fontsize=10)
+        figure.colorbar(image, ax=heat, shrink=0.8)
     return save(figure, stem)
 
 
+def _scatter(axis, points: Sequence[dict]) -> None:
+    rates = sorted({p["learning_rate"] for p in points}, key=lambda rate: (rate is None, rate))
+    for method, rate in dict.fromkeys((p["method"], p["learning_rate"]) for p in points):
+        own = [p for p in points if (p["method"], p["learning_rate"]) == (method, rate)]
+        places = np.array([(p["x"], p["y"]) for p in own], dtype=float)  # None (too few adapters) becomes NaN
+        label = NAMES.get(method, str(method)) + (f", lr {rate:g}" if rate is not None else "")
+        axis.plot(*places.T, MARKERS[rates.index(rate) % len(MARKERS)], ls="", color=COLOURS.get(method), label=label,
+                  ms=7, alpha=0.85)  # fmt: skip
+        for p, place in zip(own, places, strict=True):
+            if p["seed"] is not None and np.isfinite(place).all():
+                axis.annotate(str(p["seed"]), place, fontsize=7, xytext=(5, 3), textcoords="offset points")
+    axis.set(xticks=[], yticks=[])
+    axis.legend(fontsize=7, frameon=False)
+
+
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:
-    """All pictures of a folder of records: `layers`, `planes`, and `similarity-<task>-<on>`."""
+    """All pictures of a folder of records: `layers`, `planes`, and `similarity-<task>`."""
     paths = []
     for protocol, plot, name in (("layerwise", plot_layers, "layers"), ("plane", plot_planes, "planes")):
         records = [r for r in results if r.protocol == protocol]
         if records:
             paths += plot(records, folder / name)
-    for r in (r for r in results if r.protocol == "similarity"):
-        paths += plot_similarity(r, folder / f"similarity-{'+'.join(r.config['tasks'])}-{r.config['on']}")
+    alike: dict[str, list[Result]] = {}
+    for r in sorted((r for r in results if r.protocol == "similarity"), key=lambda r: r.config["on"]):
+        alike.setdefault("+".join(r.config["tasks"]), []).append(r)
+    for task, records in alike.items():
+        paths += plot_similarity(records, folder / f"similarity-{task}")
     return paths
 
 

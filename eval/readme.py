@@ -1,7 +1,7 @@
-"""Fill the README's tables and draw its plots from the committed result records.
+"""Fill the READMEs' tables and draw their plots from the committed result records.
 
-    python eval/readme.py            # rewrites README.md, eval/*/curves.svg
-    python eval/readme.py --check    # exit 1 if the README is not what the records say
+    python eval/readme.py            # rewrites README.md, eval/*/README.md, eval/*/curves.svg
+    python eval/readme.py --check    # exit 1 if a README is not what the records say
 
 Between `<!-- begin NAME -->` and `<!-- end NAME -->` stands what NAME's function makes of its records.
 """
@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from copra_llm.landscape_plots import draw
+from copra_llm.landscape_tables import layerwise_table, plane_table, similarity_table
 from copra_llm.report import connectivity_table, find_results, plot_curves, step_time_table
 from copra_llm.results import write_atomic
 
@@ -19,18 +21,26 @@ README = EVAL.parent / "README.md"
 TABLES = {
     "demo": (connectivity_table, "demo"),
     "interpolation": (connectivity_table, "interpolation"),
+    "layerwise": (layerwise_table, "landscape"),
     "step_time": (step_time_table, "step_time"),
 }
 """README section -> (function of the records, folder of eval/ that holds them)."""
+PAGES = {
+    README: TABLES,
+    EVAL / "landscape" / "README.md": {
+        "plane": (plane_table, "landscape"),
+        "similarity": (similarity_table, "landscape"),
+    },
+}
 
 
-def filled(text: str) -> str:
-    """The README with its tables made anew."""
-    for name, (table, folder) in TABLES.items():
+def filled(text: str, tables: dict = TABLES) -> str:
+    """A README with its tables made anew."""
+    for name, (table, folder) in tables.items():
         block = f"<!-- begin {name} -->\n{table(find_results([EVAL / folder / 'results']))}<!-- end {name} -->"
         text, count = re.subn(rf"<!-- begin {name} -->.*?<!-- end {name} -->", lambda _, b=block: b, text, flags=re.S)
         if count != 1:
-            sys.exit(f"README.md has {count} places for the table {name}, but must have 1")
+            sys.exit(f"there are {count} places for the table {name}, but must be 1")
     return text
 
 
@@ -38,15 +48,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = filled(before)
+    before = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    after = {page: filled(before[page], tables) for page, tables in PAGES.items()}
     if args.check:
         return int(after != before)
-    write_atomic(README, after)
+    for page, text in after.items():
+        write_atomic(page, text)
     for folder in ("demo", "interpolation"):
         curves = [r for r in find_results([EVAL / folder / "results"]) if r.protocol == "interpolation"]
         fused = [r for r in curves if r.config["merge_method"] == "fusion"]
         plot_curves(fused, EVAL / folder / "curves")
+    draw(find_results([EVAL / "landscape" / "results"]), EVAL / "landscape")
     return 0
 
 

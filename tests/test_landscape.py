@@ -242,7 +242,7 @@ def test_pictures_are_functions_of_the_records(tmp_path):
     odd = dataclasses.replace(similar(), data=similar().data | {"points": point})
     records = [*LAYERS, plane_of("lora"), plane_of("copra"), odd]
     first, again = (draw(records, tmp_path / name) for name in ("first", "again"))
-    assert [p.name for p in first] == [f"{name}.{kind}" for name in ("layers", "planes", "similarity-sst2-delta")
+    assert [p.name for p in first] == [f"{name}.{kind}" for name in ("layers", "planes", "similarity-sst2")
                                        for kind in ("png", "svg")]  # fmt: skip
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in again]
     assert first[0].read_bytes().startswith(b"\x89PNG") and "<svg" in first[1].read_text(encoding="utf-8")

@@ -38,5 +38,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name}: {value:.3f}")
     for point, row in zip(record.data["points"], record.data["cosine"], strict=True):
         print(f"{point['label']}: cosines {' '.join(f'{value:.3f}' for value in row)}")
-    plot_similarity(record, output / "similarity")
+    plot_similarity([record], output / "similarity")
     return 0
