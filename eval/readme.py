@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from copra_llm.landscape_plots import draw
+from copra_llm.landscape_tables import layerwise_table, plane_table, similarity_table
 from copra_llm.report import connectivity_table, find_results, plot_curves, step_time_table
 from copra_llm.report_pruning import plot_pruning, pruning_details, pruning_table
 from copra_llm.results import write_atomic
@@ -21,10 +23,18 @@ TABLES = {
     "demo": (connectivity_table, "demo"),
     "interpolation": (connectivity_table, "interpolation"),
     "pruning": (pruning_table, "pruning"),
+    "layerwise": (layerwise_table, "landscape"),
     "step_time": (step_time_table, "step_time"),
 }
 """README section -> (function of the records, folder of eval/ that holds them)."""
-PAGES = {README: TABLES, EVAL / "pruning" / "README.md": {"pruning_details": (pruning_details, "pruning")}}
+PAGES = {
+    README: TABLES,
+    EVAL / "pruning" / "README.md": {"pruning_details": (pruning_details, "pruning")},
+    EVAL / "landscape" / "README.md": {
+        "plane": (plane_table, "landscape"),
+        "similarity": (similarity_table, "landscape"),
+    },
+}
 
 
 def filled(text: str, tables: dict = TABLES) -> str:
@@ -52,6 +62,7 @@ def main() -> int:
         fused = [r for r in curves if r.config["merge_method"] == "fusion"]
         plot_curves(fused, EVAL / folder / "curves")
     plot_pruning(find_results([EVAL / "pruning" / "results"]), EVAL / "pruning" / "curves")
+    draw(find_results([EVAL / "landscape" / "results"]), EVAL / "landscape")
     return 0
 
 

@@ -13,10 +13,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
     ["config", "paths", "schedule", "masks", "shapley", "results", "errors"],
-    ["adapters", "gates", "models", "tasks", "classifiers", "batches"],
-    ["merge", "prune", "quantise", "build"],
-    ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "variants"],
-    ["protocols", "report"],
+    ["adapters", "gates", "models", "tasks", "classifiers", "batches", "saved_runs"],
+    ["merge", "prune", "quantise", "build", "similarity"],
+    ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"],
+    ["protocols", "report", "report_pruning", "bands", "landscape_tables", "landscape_plots"],
     ["cli"],
 ]
 """Modules and subpackages of `copra_llm/`; each imports from rows above and, without a cycle, from its own."""

@@ -3,6 +3,8 @@
     copra merge A B --method fusion --weights 0.5 0.5 --output DIR
     copra interpolate A B --task sst2 --points 21 --output DIR
     copra prune A --keep every-other --output DIR
+    copra landscape A B C --task sst2 --grid 11 --output DIR
+    copra similarity A B C D --output DIR
     copra evaluate A --task sst2
     copra report RESULTS... --output DIR
 
@@ -15,10 +17,18 @@ import argparse
 import sys
 
 from copra_llm import __version__
-from copra_llm.cli import evaluate, interpolate, merge, prune, report
+from copra_llm.cli import evaluate, interpolate, landscape, merge, prune, report, similarity
 from copra_llm.errors import InputError, exit_on_input_error, nearest
 
-COMMANDS = {"merge": merge, "interpolate": interpolate, "prune": prune, "evaluate": evaluate, "report": report}
+COMMANDS = {
+    "merge": merge,
+    "interpolate": interpolate,
+    "prune": prune,
+    "landscape": landscape,
+    "similarity": similarity,
+    "evaluate": evaluate,
+    "report": report,
+}
 """Command-line names -> modules with `HELP`, `add_arguments(parser)` and `run(args)`."""
 
 
