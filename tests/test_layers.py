@@ -86,6 +86,7 @@ def test_nothing_outside_is_imported():
     [
         ("copra_llm.schedule", ("torch", "numpy", "transformers")),
         ("copra_llm.masks", ("torch", "transformers")),
+        ("copra_llm.shapley", ("torch", "transformers", "shapiq")),
         ("copra_llm.config", ("torch", "transformers")),
         ("copra_llm.results", ("torch", "numpy")),
         ("copra_llm.report", ("torch", "matplotlib")),
