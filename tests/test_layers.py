@@ -15,7 +15,7 @@ ROWS = [
     ["config", "paths", "schedule", "masks", "shapley", "results", "errors"],
     ["adapters", "gates", "models", "tasks", "classifiers", "batches"],
     ["merge", "build"],
-    ["train", "checkpoint", "evaluate", "evaluator", "interpolate"],
+    ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "prefixes", "coalitions", "ledger"],
     ["protocols", "report"],
     ["cli"],
 ]
