@@ -85,6 +85,7 @@ class CoalitionGame:
         if metric not in METRICS:
             raise InputError(f'the metric is "{metric}", but must be one of {", ".join(METRICS)}')
         self.evaluator, self.weights, self.metric = evaluator, weights, metric
+        self.granularity, self.n_groups = granularity, n_groups
         evaluator.attach(weights)
         self.classifier = evaluator.bench.classifier
         self._model = self.classifier.model

@@ -1,7 +1,7 @@
 """What has been evaluated already?
 
     {"game": {...}}                                              the first line: what the values are values of
-    {"coalition": "101", "loss": 0.31, "accuracy": 90.0}         one line a coalition
+    {"coalition": "101", "loss": 0.31, "accuracy": 90.0, "seconds": 1.2}         one line a coalition
 
 Lines are appended as evaluations come in (loss in nats, accuracy in percent; numbers come back bit for bit).
 So a run that was stopped at any moment goes on where it was and ends with the same numbers, and a second
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Ledger:
     """The evaluations of one game, in a file.
 
     Args:
-        path: the file; made if there is none.
+        path: the file; need not exist.
         game: what the values are values of, as JSON values.
 
     Raises:
@@ -38,14 +39,15 @@ class Ledger:
     def __init__(self, path: Path, game: dict[str, Any]):
         self.path = Path(path)
         self.values: dict[str, dict[str, float]] = {}
-        """`{"101": {"loss": nats, "accuracy": percent}}`."""
+        """`{"101": {"loss": nats, "accuracy": percent, "seconds": s}}`."""
+        self._game = game
         if self.path.exists():
             self._read(game)
-        else:
-            write_atomic(self.path, json.dumps({"game": game}) + "\n")
 
     def append(self, rows: dict[str, dict[str, float]]) -> None:
-        """Keep evaluations, on disk when this returns."""
+        """Keep evaluations, on disk when this returns. The first ones make the file."""
+        if not self.path.exists():
+            write_atomic(self.path, json.dumps({"game": self._game}) + "\n")
         with self.path.open("a", encoding="utf-8") as f:
             f.writelines(json.dumps({"coalition": key, **row}) + "\n" for key, row in rows.items())
             f.flush()
@@ -61,7 +63,7 @@ class Ledger:
                 if number == 1:
                     theirs = row["game"]
                 else:
-                    self.values[row["coalition"]] = {metric: float(row[metric]) for metric in METRICS}
+                    self.values[row["coalition"]] = {name: float(row[name]) for name in (*METRICS, "seconds")}
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"{self.path}, line {number} is no coalition's evaluation; remove the file") from None
         if not whole:
@@ -103,6 +105,11 @@ class RecordedGame:
         self._told: set[str] = set()
 
     @property
+    def seconds(self) -> float:
+        """Time of all evaluations asked for, those of earlier processes included."""
+        return sum(self.ledger.values[key]["seconds"] for key in self._told)
+
+    @property
     def n_players(self) -> int:
         return self.game.n_players
 
@@ -116,10 +123,12 @@ class RecordedGame:
         missing = missing[self.game.order(missing)]
         for start in range(0, len(missing), self.chunk):
             part = missing[start : start + self.chunk]
+            started = time.perf_counter()
             outcomes = self.game.outcomes(part)
+            seconds = (time.perf_counter() - started) / len(part)
             losses, accuracies = -outcomes.values("loss"), outcomes.values("accuracy")
             rows = {
-                pack_bits(row): {"loss": float(loss), "accuracy": float(accuracy)}
+                pack_bits(row): {"loss": float(loss), "accuracy": float(accuracy), "seconds": seconds}
                 for row, loss, accuracy in zip(part, losses, accuracies, strict=True)
             }
             self.ledger.append(rows)

@@ -1,8 +1,9 @@
-"""`copra`: merge adapters, look along the line between them, evaluate, report.
+"""`copra`: merge adapters, look along the line between them and into their layers, evaluate, report.
 
     copra merge A B --method fusion --weights 0.5 0.5 --output DIR
     copra interpolate A B --task sst2 --points 21 --output DIR
     copra evaluate A --task sst2
+    copra shapley A --task sst2 --output FILE
     copra report RESULTS... --output DIR
 
 An adapter is a folder that PEFT's `save_pretrained` has written, or a run's folder.
@@ -14,10 +15,11 @@ import argparse
 import sys
 
 from copra_llm import __version__
-from copra_llm.cli import evaluate, interpolate, merge, report
+from copra_llm.cli import evaluate, interpolate, merge, report, shapley
 from copra_llm.errors import InputError, exit_on_input_error, nearest
 
-COMMANDS = {"merge": merge, "interpolate": interpolate, "evaluate": evaluate, "report": report}
+COMMANDS = {"merge": merge, "interpolate": interpolate, "evaluate": evaluate, "report": report,
+            "shapley": shapley}  # fmt: skip
 """Command-line names -> modules with `HELP`, `add_arguments(parser)` and `run(args)`."""
 
 
