@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from copra_llm.coalitions import CoalitionGame
     from copra_llm.evaluator import AdapterEvaluator
     from copra_llm.ledger import Ledger, identity
-    from copra_llm.protocols.layer_values import LEDGER_SUFFIX, shapley_records
+    from copra_llm.protocols.layer_values import LEDGER_SUFFIX, check_estimator, shapley_records
     from copra_llm.results import write_result
 
     output = Path(args.output)
@@ -48,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--output names {output}, which exists; give a new file")
     if args.pack < 1:
         raise InputError(f"--pack is {args.pack}, but must be at least 1")
+    if args.seed < 0:
+        raise InputError(f"--seed is {args.seed}, but must be at least 0")
+    check_estimator(args.estimator)
     weights = load_adapter_weights(args.adapter)
     evaluator = AdapterEvaluator(config_of(args.adapter, weights, args), [args.task], args.split)
     game = CoalitionGame(evaluator, weights, args.task, metric=args.metric, granularity=args.granularity,

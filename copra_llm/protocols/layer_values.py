@@ -26,7 +26,7 @@ import numpy as np
 from copra_llm.adapters import load_adapter_weights
 from copra_llm.coalitions import METRICS, CoalitionGame
 from copra_llm.config import RunConfig, read_settings
-from copra_llm.errors import InputError
+from copra_llm.errors import InputError, nearest
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.gates import GRANULARITIES
 from copra_llm.ledger import Ledger, RecordedGame, identity
@@ -35,7 +35,7 @@ from copra_llm.protocols.jobs import Job, run_jobs
 from copra_llm.protocols.plans import check_runs, need_entries
 from copra_llm.protocols.runs import portable
 from copra_llm.results import Result, peak_memory_bytes, read_result, write_result
-from copra_llm.shapley import Estimate, approximate, gini, top_third_share
+from copra_llm.shapley import ESTIMATORS, Estimate, approximate, gini, top_third_share
 
 DEFAULT_ESTIMATOR, DEFAULT_BUDGET = "quadrature", 256
 LEDGER_SUFFIX = ".evaluations.jsonl"
@@ -70,6 +70,14 @@ class Plan:
         ):
             if value not in known:
                 raise InputError(f"the plan's {name} is {value!r}, but must be one of {', '.join(known)}")
+        check_estimator(self.estimator)
+
+
+def check_estimator(name: str) -> None:
+    """Refuse an estimator that there is not, also where a small game would be enumerated in any case."""
+    known = ["exact", *ESTIMATORS]
+    if name not in known:
+        raise InputError(f'the estimator is "{name}", but must be one of {", ".join(known)}{nearest(name, known)}')
 
 
 def shapley_records(
@@ -100,6 +108,7 @@ def shapley_records(
     Raises:
         InputError: if the estimator is unknown or the budget is too small for it.
     """
+    check_estimator(estimator)
     evaluator = game.evaluator
     records = []
     for metric in metrics:
