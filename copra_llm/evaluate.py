@@ -8,12 +8,15 @@ Every example's outcome is kept, so that two models can be compared on the same 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from copra_llm.batches import EncodedSplit, eval_loader
 from copra_llm.errors import InputError
@@ -91,18 +94,29 @@ def evaluate(accelerator: Accelerator, classifier, split: EncodedSplit, batch_si
     labels = np.array(split.labels)
     nll = np.zeros(len(split))
     predicted = np.zeros(len(split), dtype=int)
+    with scoring(accelerator, classifier):
+        for batch in loader:
+            index = batch.pop("index")
+            losses, answers = graded(classifier(batch, scores=True), batch["labels"])
+            index, losses, answers = accelerator.gather_for_metrics((index, losses, answers))
+            index = index.cpu().numpy()
+            predicted[index], nll[index] = answers.cpu().numpy(), losses.cpu().numpy()
+    return Evaluation(predicted == labels, nll, predicted, labels)
+
+
+@contextmanager
+def scoring(accelerator: Accelerator, classifier) -> Iterator[None]:
+    """Evaluation mode without gradients; the training mode comes back afterwards."""
     was_training = classifier.training
     classifier.eval()
     try:
         with torch.inference_mode(), accelerator.autocast():
-            for batch in loader:
-                index = batch.pop("index")
-                scores = classifier(batch, scores=True).double()  # (batch, num_labels)
-                losses = torch.nn.functional.cross_entropy(scores, batch["labels"], reduction="none")
-                answers = scores.argmax(-1)
-                index, losses, answers = accelerator.gather_for_metrics((index, losses, answers))
-                index = index.cpu().numpy()
-                predicted[index], nll[index] = answers.cpu().numpy(), losses.cpu().numpy()
+            yield
     finally:
         classifier.train(was_training)
-    return Evaluation(predicted == labels, nll, predicted, labels)
+
+
+def graded(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `scores (batch, labels)`: -log softmax(scores)[gold] in nats, float64 `(batch,)`; the answers `(batch,)`."""
+    scores = scores.double()
+    return torch.nn.functional.cross_entropy(scores, labels, reduction="none"), scores.argmax(-1)

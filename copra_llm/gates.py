@@ -55,7 +55,8 @@ class LayerGates:
             )
         self.keys: list[str] = list(players)
         """Player names in mask order: (tower, index)."""
-        self._modules = [[module for name in names for module in modules[name]] for names in players.values()]
+        self.modules = [[module for name in names for module in modules[name]] for names in players.values()]
+        """The adapted modules of each player."""
 
     @property
     def num_layers(self) -> int:
@@ -70,7 +71,7 @@ class LayerGates:
         """
         if len(mask) != self.num_layers:
             raise ValueError(f"the mask has {len(mask)} entries for {self.num_layers} layers")
-        closed = [m for modules, active in zip(self._modules, mask, strict=True) if not active for m in modules]
+        closed = [m for modules, active in zip(self.modules, mask, strict=True) if not active for m in modules]
         opened = [type(module) for module in closed]
         try:
             for module in closed:

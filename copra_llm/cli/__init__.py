@@ -1,8 +1,9 @@
-"""`copra`: merge adapters, look along the line between them, prune, evaluate, report.
+"""`copra`: merge adapters, look along the line between them and into their layers, prune, evaluate, report.
 
     copra merge A B --method fusion --weights 0.5 0.5 --output DIR
     copra interpolate A B --task sst2 --points 21 --output DIR
     copra prune A --keep every-other --output DIR
+    copra shapley A --task sst2 --output FILE
     copra landscape A B C --task sst2 --grid 11 --output DIR
     copra similarity A B C D --output DIR
     copra evaluate A --task sst2
@@ -17,13 +18,14 @@ import argparse
 import sys
 
 from copra_llm import __version__
-from copra_llm.cli import evaluate, interpolate, landscape, merge, prune, report, similarity
+from copra_llm.cli import evaluate, interpolate, landscape, merge, prune, report, shapley, similarity
 from copra_llm.errors import InputError, exit_on_input_error, nearest
 
 COMMANDS = {
     "merge": merge,
     "interpolate": interpolate,
     "prune": prune,
+    "shapley": shapley,
     "landscape": landscape,
     "similarity": similarity,
     "evaluate": evaluate,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from copra_llm.errors import InputError
@@ -56,3 +57,12 @@ def bar(unit: str):
     from tqdm import tqdm
 
     return lambda things: tqdm(things, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+
+@contextmanager
+def counter(unit: str, total: int):
+    """A progress bar with the time left, on a terminal only; yields the function that moves it on by n."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True) as shown:
+        yield shown.update
