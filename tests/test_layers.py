@@ -28,7 +28,7 @@ ROWS = [
         "coalitions",
         "ledger",
     ],
-    ["protocols", "report", "report_pruning", "bands", "landscape_tables", "landscape_plots"],
+    ["protocols", "report", "report_pruning", "shapley_tables", "bands", "landscape_tables", "landscape_plots"],
     ["cli"],
 ]
 """Modules and subpackages of `copra_llm/`; each imports from rows above and, without a cycle, from its own."""
