@@ -273,19 +273,17 @@ def everything() -> list[Result]:
 
 def hostile(text: str) -> list[Result]:
     """Records whose every name is `text`."""
-    settings = {"model_name_or_path": text, "variant": text, "task": text, "tasks": [text], "merge_method": text}
-    made = lines(("copra",), (text,), **settings) + runs(("copra",), (text,), **settings)
-    made += [record(text, {}, {f"test/{text}/accuracy": 1.0}, method=text, **settings)]
-    for r in [*prunings(("copra",)), *shapleys(("copra",)), *similarity(), *planes(("copra",))]:
-        config = r.config | {"model_name_or_path": text, "variant": text}
-        made.append(record(r.protocol, _renamed(r.data, text), r.metrics, **config))
-    return made
+    named = {"model_name_or_path": text, "variant": text, "merge_method": text, "label": text}
+    made = lines(("copra",), (text,)) + runs(("copra",), (text,)) + prunings(("copra",)) + planes(("copra",))
+    made += shapleys(("copra",)) + layerwise(("copra",)) + multitask(("copra",)) + similarity()
+    made += [record(text, {}, {f"test/{text}/accuracy": 1.0}, method=text, task=text)]
+    return [record(r.protocol, _renamed(r.data, text), r.metrics, **r.config | named) for r in made]
 
 
 def _renamed(data, text: str):
     """With every string of a record's data that is a name replaced."""
     if isinstance(data, dict):
-        return {k: v if k in ("kind", "correct") else _renamed(v, text) for k, v in data.items()}
+        return {k: v if "correct" in k or k == "kind" else _renamed(v, text) for k, v in data.items()}
     if isinstance(data, list):
         return [_renamed(v, text) for v in data]
     return f"{text} {data}" if isinstance(data, str) else data

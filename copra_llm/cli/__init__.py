@@ -3,7 +3,7 @@
     copra merge A B --method fusion --weights 0.5 0.5 --output DIR
     copra interpolate A B --task sst2 --points 21 --output DIR
     copra evaluate A --task sst2
-    copra report RESULTS... --output DIR
+    copra report RESULTS... --output report.html
 
 An adapter is a folder that PEFT's `save_pretrained` has written, or a run's folder.
 """

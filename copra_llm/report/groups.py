@@ -1,7 +1,8 @@
 """Which records say the same thing about different seeds?
 
 Records are repetitions of each other if model, task, method and every setting that can change the outcome agree; then
-their mean and its interval mean something. Rows that would read alike but differ in a setting say so.
+their mean and its interval mean something. Rows that would read alike but differ in a setting say so. What was run
+twice with one seed counts once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ NAMES = {"lora": "LoRA", "copra": "CopRA", "coto": "CoTo"}
 
 REPETITION = {
     # what differs between repetitions of a run
-    "seed", "seeds", "random_seed", "adapter", "adapters",
+    "seed", "seeds", "random_seed", "adapter", "adapters", "points",
     # what a run's outcome does not depend on, or what is named apart
     "output_dir", "data_root", "resume_from_checkpoint", "report_to", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "checkpoint_at", "max_nonfinite_steps", "per_device_eval_batch_size", "max_eval_samples",
@@ -97,7 +98,7 @@ def grouped(
     for where, rest in sorted(found, key=lambda key: (_order(key[0]), key[1])):
         model, task, examples, name, rate, steps, *named = where
         shown = task if len(counts[model, task]) == 1 else f"{task} (n = {examples or '?'})"
-        again = sorted(found[where, rest], key=_seeds)
+        again = sorted(_once(found[where, rest]), key=_seeds)
         apart = _apart(where, rest, found)
         groups.append(Group(model, shown, task, name, rate, steps, tuple(named), again, apart))
     return groups
@@ -174,6 +175,14 @@ def short_names(names: Sequence[str]) -> list[str]:
     while all(len(p) > start + end + 1 and p[-1 - end] == parts[0][-1 - end] for p in parts):
         end += 1
     return [".".join(p[start : len(p) - end]) for p in parts]
+
+
+def _once(records: Sequence[Result]) -> list[Result]:
+    """One record a run: the same settings and seed again are no other sample. The finest, then the newest stays."""
+    kept: dict[str, Result] = {}
+    for r in sorted(records, key=lambda r: (r.config.get("points") or 0, r.created)):
+        kept[str([r.config.get(key) for key in ("seeds", "seed", "adapters", "adapter")])] = r
+    return list(kept.values())
 
 
 def _seeds(r: Result) -> tuple:

@@ -36,10 +36,10 @@ def page_html(title: str, lead: str, sections: Sequence[Section], footer: str) -
         aria_labelledby="contents",
     )
     head = joined(
-        Html('<meta charset="utf-8">'),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{_policy(style, script)}">'),
-        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        Html('<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'),
+        Html('<meta charset="utf-8"/>'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{_policy(style, script)}"/>'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1"/>'),
+        Html('<meta name="color-scheme" content="light dark"/><meta name="referrer" content="no-referrer"/>'),
         el("title", title),
         el("style", Html(style)),
     )

@@ -25,10 +25,11 @@ THEMES = {
 """Colours of page and text by theme; the page's CSS variables."""
 
 SERIES = {
-    "light": ("#c2452d", "#4f7a1f", "#0f5f8c", "#8a3fa0", "#8a6200", "#00797a", "#c02a78", "#505a64"),
-    "dark": ("#ff9478", "#a5d46a", "#6cc0f5", "#d6a1f2", "#e8bb55", "#4fd6cf", "#ff93c4", "#b4bfca"),
+    "light": ("#cf5a14", "#2b5b1f", "#1f78c8", "#8a3fa0", "#8a6200", "#00797a", "#c02a78", "#505a64"),
+    "dark": ("#ff8a66", "#c3e88d", "#5fb2f2", "#d6a1f2", "#e8bb55", "#4fd6cf", "#ff93c4", "#b4bfca"),
 }
-"""Colours of series; the first three are LoRA's, CoTo's and CopRA's. At least 3 : 1 against the page."""
+"""Colours of series; the first three are LoRA's, CoTo's and CopRA's, apart in lightness and hue for every
+kind of colour vision. At least 3 : 1 against the page."""
 DASHES = (None, "7 3", "2 2.5", "10 3 2 3", "5 2", "1 3", "8 2 1 2 1 2", "12 4")
 
 RAMPS = {"light": ("#f3f6fa", "#7fb0d3", "#0d2f57"), "dark": ("#1b2530", "#2f6f9f", "#d8eefc")}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from copra_llm.report.curves import plot_curves
 from copra_llm.report.document import Section
 from copra_llm.report.groups import label_of, rank
 from copra_llm.report.page import page_html
-from copra_llm.report.records import find_records
+from copra_llm.report.records import Found, find_records
 from copra_llm.report.sections.landscape import plane_section
 from copra_llm.report.sections.layers import layers_section
 from copra_llm.report.sections.merged import connectivity_table, merged_section
@@ -23,7 +23,8 @@ from copra_llm.report.sections.together import federated_section, multitask_sect
 from copra_llm.report.tables import markdown
 from copra_llm.results import Result, write_atomic
 
-SECTIONS: tuple[Callable[[Sequence[Result]], Section | None], ...] = (
+Build = Callable[[Sequence[Result]], Section | None]
+SECTIONS: tuple[Build, ...] = (
     merged_section, layers_section, plane_section, pruning_section, shapley_section, multitask_section,
     federated_section, sweep_section, steps_section, schedules_section, similarity_section, runs_section,
     step_time_section, evaluation_section, other_section,
@@ -49,23 +50,38 @@ def write_report(paths: Sequence[Path], output: Path, title: str | None = None) 
     """
     output = Path(output)
     found = find_records(paths)
-    made = [(build, section) for build in SECTIONS if (section := build(found.results)) is not None]
-    title = title or default_title(found.results)
-    sections = [overview_section(found), *(section for _, section in made)]
-    text = page_html(title, summary(found.results), sections, footer(found.results))
+    made = report_sections(found.results)
+    text = report_page(found, title, made.values())
     if output.suffix == ".html" and not output.is_dir():
         write_atomic(output, text)
         return output
     curves = [r for r in found.results if r.protocol == "interpolation" and r.config["merge_method"] == "fusion"]
     if curves:
         plot_curves(curves, output / "curves")
-    parts = [made_table for table in README_TABLES if (made_table := table(found.results))]
-    parts += [
-        f"{t.caption}\n\n{markdown(t)}" for build, section in made if build not in IN_README for t in section.tables
-    ]
-    write_atomic(output / "table.md", "\n".join(parts))
+    parts = [in_short for table in README_TABLES if (in_short := table(found.results))]
+    long = [t for build, section in made.items() if build not in IN_README for t in section.tables]
+    write_atomic(output / "table.md", "\n".join(parts + [f"{t.caption}\n\n{markdown(t)}" for t in long]))
     write_atomic(output / "report.html", text)
     return output / "report.html"
+
+
+def report_sections(results: Sequence[Result]) -> dict[Build, Section]:
+    """The sections that have records."""
+    return {build: section for build in SECTIONS if (section := build(results)) is not None}
+
+
+def report_page(found: Found, title: str | None = None, sections: Iterable[Section] | None = None) -> str:
+    """The page's text.
+
+    Args:
+        found: all records.
+        title: of the page; default: the methods in it.
+        sections: of `report_sections`, if they are made already.
+    """
+    results = found.results
+    parts = report_sections(results).values() if sections is None else sections
+    title = title or default_title(results)
+    return page_html(title, summary(results), [overview_section(found), *parts], footer(results))
 
 
 def default_title(results: Sequence[Result]) -> str:

@@ -166,7 +166,7 @@ def merged_section(results: Sequence[Result]) -> Section | None:
     for name in dict.fromkeys(merge_name(g) for g in groups):
         same = [g for g in groups if merge_name(g) == name]
         # Three points are the ends and the middle, which the overview shows.
-        drawn = [g for g in same if len(g.records[0].data["alpha"]) > 3]
+        drawn = [g for g in same if len(finest_lines(g)[0].data["alpha"]) > 3]
         blocks.append(overview_figure(name, same))
         blocks += [curves_figure(name, drawn, quantity) for quantity in ("accuracy", "loss") if drawn]
     text = (
@@ -206,7 +206,7 @@ def headline(groups: Sequence[Group]) -> list[Group]:
     """One group a name: that with the most pairs, then points, then the highest single accuracy."""
 
     def weight(g: Group) -> tuple:
-        return len(g.records), len(g.records[0].data["alpha"]), single_metric(g.records, "accuracy")
+        return len(g.records), len(finest_lines(g)[0].data["alpha"]), single_metric(g.records, "accuracy")
 
     return [max((g for g in groups if g.name == name), key=weight) for name in dict.fromkeys(g.name for g in groups)]
 
@@ -248,7 +248,7 @@ def curves_figure(name: str, groups: Sequence[Group], quantity: str = "accuracy"
             lines.append(Line(g.name, style[g.name], alpha, values))
             said.append(_curve_words(g.name, alpha, values, spec))
             rows += [
-                (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(g.records), a, value)
+                (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(finest_lines(g)), a, value)
                 for a, value in zip(alpha, values, strict=True)
             ]
         drawing = line_plot(
@@ -273,8 +273,15 @@ def curves_figure(name: str, groups: Sequence[Group], quantity: str = "accuracy"
 
 def curve_estimates(g: Group, quantity: str) -> tuple[list[float], list[Estimate]]:
     """Weights and the values over them; a loss that was not finite leaves a gap."""
-    values = np.array([r.data[quantity] for r in g.records], dtype=float)  # (pairs, points)
-    return list(g.records[0].data["alpha"]), [seed_estimate(column) for column in values.T]
+    finest = finest_lines(g)
+    values = np.array([r.data[quantity] for r in finest], dtype=float)  # (pairs, points)
+    return list(finest[0].data["alpha"]), [seed_estimate(column) for column in values.T]
+
+
+def finest_lines(g: Group) -> list[Result]:
+    """The lines with the most points: those on another grid have no value at theirs."""
+    most = max(len(r.data["alpha"]) for r in g.records)
+    return [r for r in g.records if len(r.data["alpha"]) == most]
 
 
 def _merged_accuracy(g: Group) -> Estimate:
