@@ -7,7 +7,7 @@
     copra landscape A B C --task sst2 --grid 11 --output DIR
     copra similarity A B C D --output DIR
     copra evaluate A --task sst2
-    copra report RESULTS... --output DIR
+    copra report RESULTS... --output report.html
 
 An adapter is a folder that PEFT's `save_pretrained` has written, or a run's folder.
 """

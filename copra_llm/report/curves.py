@@ -1,0 +1,72 @@
+"""The curves between adapters as PNG and SVG files, for a README or a paper; the page draws its own."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from copra_llm.errors import InputError
+from copra_llm.report.groups import NAMES, ORDER
+from copra_llm.results import Result
+
+COLOURS = {"lora": "#c2452d", "copra": "#1f6f8b", "coto": "#7a9e3b"}
+"""Distinguishable without colour vision by their lightness."""
+
+
+def require_matplotlib() -> None:
+    """Say early that plots cannot be made.
+
+    Raises:
+        InputError: if matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("plots need matplotlib: pip install copra_llm[report]")
+
+
+def plot_curves(records: Sequence[Result], stem: Path) -> list[Path]:
+    """Accuracy and loss along the line, one line a label (mean and range over its pairs), as PNG and SVG.
+
+    Raises:
+        InputError: if matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    where = list(dict.fromkeys((r.config["model_name_or_path"], r.config["task"]) for r in records))
+    figure = Figure(figsize=(3.4 * len(where) + 0.6, 5.6), layout="constrained")
+    axes = figure.subplots(2, len(where), squeeze=False, sharex=True)
+    for column, (model, task) in enumerate(where):
+        groups = defaultdict(list)
+        for r in records:
+            if (r.config["model_name_or_path"], r.config["task"]) == (model, task):
+                groups[r.config["label"]].append(r)
+        for label in sorted(groups, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)):
+            for row, quantity in enumerate(("accuracy", "loss")):
+                axis = axes[row, column]
+                grid = np.array(groups[label][0].data["alpha"])
+                points = [r.data[quantity] for r in groups[label] if len(r.data["alpha"]) == len(grid)]
+                values = np.array(points, dtype=float)  # a loss that was not finite is None: a gap
+                (line,) = axis.plot(grid, values.mean(0), label=NAMES.get(label, label), color=COLOURS.get(label),
+                                    marker="o", markersize=3)  # fmt: skip
+                if len(values) > 1:
+                    axis.fill_between(grid, values.min(0), values.max(0), alpha=0.18, color=line.get_color(), lw=0)
+        axes[0, column].set_title(f"{task}, {Path(model).name}", fontsize=10)
+        axes[1, column].set_xlabel("weight of the first adapter")
+    axes[0, 0].set_ylabel("test accuracy [%]")
+    axes[1, 0].set_ylabel("test loss [nats]")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
+    figure.savefig(paths[0], dpi=130, metadata={"Software": None})
+    # A salt and no date: the same records give the same bytes.
+    with rc_context({"svg.hashsalt": "copra_llm"}):
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths

@@ -1,0 +1,112 @@
+"""Is one layer alone connected? Barriers of lines on which a single layer is interpolated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from copra_llm.estimates import Estimate, seed_estimate
+from copra_llm.report.document import Figure, Panel, Section, keys_of
+from copra_llm.report.groups import Group, by_place, grouped, short_names, styles
+from copra_llm.report.plots.bars import Bars, upright_bars
+from copra_llm.report.tables import table
+from copra_llm.results import Result
+
+KEYS = ("merge_method", "merge_options", "split")
+UNITS = {"accuracy": ("points", ".1f"), "loss": ("nats", ".3f")}
+KINDS = {
+    "barrier": (
+        "Layer-wise barriers",
+        "Barrier: how far the line dips below the chord between its own ends, at its deepest point.",
+    ),
+    "averaging_barrier": (
+        "Layer-wise averaging barriers",
+        "Averaging barrier: how much worse the line's middle is than the mean of the two whole adapters.",
+    ),
+}
+
+
+def layers_section(results: Sequence[Result]) -> Section | None:
+    groups = grouped((r for r in results if r.protocol == "layerwise"), KEYS)
+    if not groups:
+        return None
+    blocks = []
+    for method in dict.fromkeys(str(g.values[0] or "fusion") for g in groups):
+        same = [g for g in groups if str(g.values[0] or "fusion") == method]
+        blocks += [_figure(kind, method, same) for kind in KINDS if any(_values(g, "loss", kind) for g in same)]
+    text = (
+        "One layer at a time is interpolated towards a second adapter; all others stay the first adapter's. "
+        "Positive: the layer does not merge well by itself. Means over pairs of seeds with 95 % intervals "
+        "(Student's t); pairs share seeds, so the intervals are somewhat too narrow."
+    )
+    return Section("Layer-wise barriers", text, blocks)
+
+
+def barrier(alpha: Sequence[float], values: Sequence[float], quantity: str) -> float:
+    """Deepest dip below the chord between the ends: percentage points, or nats with the sign turned."""
+    a, m = np.array(alpha, dtype=float), np.array(values, dtype=float)
+    below = a * m[-1] + (1 - a) * m[0] - m
+    return float(np.max(below if quantity == "accuracy" else -below))
+
+
+def _values(g: Group, quantity: str, kind: str) -> list[Estimate] | None:
+    """A barrier a layer; the plain one is computed from the lines, another one is the records' own."""
+    layers = g.records[0].data["layers"]
+    if kind == "barrier":
+        found = [[barrier(r.data["alpha"], line, quantity) for line in r.data[quantity]] for r in g.records]
+    else:
+        names = [_metric_name(r, f"{quantity}_{kind}/{layer}") for r in g.records for layer in layers]
+        if None in names:
+            return None
+        found = [[r.metrics[_metric_name(r, f"{quantity}_{kind}/{layer}")] for layer in layers] for r in g.records]
+    return [seed_estimate(column) for column in np.array(found).T]
+
+
+def _whole(g: Group, quantity: str, kind: str) -> Estimate | None:
+    names = [_metric_name(r, f"{quantity}_{kind}_whole") for r in g.records]
+    return None if None in names else seed_estimate([r.metrics[n] for r, n in zip(g.records, names, strict=True)])
+
+
+def _metric_name(r: Result, name: str) -> str | None:
+    full = f"{r.config['split']}/{r.config['task']}/{name}"
+    return next((n for n in (full, name) if n in r.metrics), None)
+
+
+def _figure(kind: str, method: str, groups: Sequence[Group]) -> Figure:
+    style = styles(g.name for g in groups)
+    title, note = KINDS[kind]
+    panels, rows = [], []
+    for place, here in by_place(groups):
+        for quantity, (unit, spec) in UNITS.items():
+            shown = [(g, values) for g in here if (values := _values(g, quantity, kind))]
+            layers = short_names(here[0].records[0].data["layers"])
+            bars = [Bars(g.name, style[g.name], values) for g, values in shown]
+            drawing = upright_bars(bars, layers, "layer", f"{quantity} [{unit}]", spec=spec)
+            panels.append(Panel(f"{place}: {quantity}", _words(shown, layers, quantity, kind, unit, spec), drawing))
+            rows += [
+                (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(g.records), quantity, layer, value)
+                for g, values in shown
+                for layer, value in [*zip(layers, values, strict=True), ("(whole adapter)", _whole(g, quantity, kind))]
+                if value is not None
+            ]
+    columns = [
+        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",),
+        ("pairs", "d"), ("of",), ("layer",), (kind.replace("_", " "), ".3f"),
+    ]  # fmt: skip
+    made = table(f"{title}, {method}", columns, rows, 3)
+    keys = keys_of(style, [g.name for g in groups], "bar")
+    return Figure(f"{title}: {method}", note, panels, made, keys)
+
+
+def _words(shown, layers: Sequence[str], quantity: str, kind: str, unit: str, spec: str) -> str:
+    said = []
+    for g, values in shown:
+        means = [v.mean for v in values]
+        worst = int(np.nanargmax(means)) if np.isfinite(means).any() else 0
+        whole = _whole(g, quantity, kind)
+        all_at_once = f", all layers at once {whole:{spec}}" if whole else ""
+        said.append(f"{g.name}: mean {np.mean(means):{spec}}, largest {values[worst]:{spec}} at layer {layers[worst]}"
+                    f"{all_at_once}")  # fmt: skip
+    name = kind.replace("_", " ").capitalize()
+    return f"{name} of the {quantity} in {unit}, by layer. {'; '.join(said)}."

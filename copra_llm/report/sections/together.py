@@ -1,0 +1,182 @@
+"""Adapters that belong together: of the clients of one federated run, of several tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from copra_llm.estimates import Estimate, seed_estimate
+from copra_llm.report.document import Figure, Panel, Section, keys_of
+from copra_llm.report.groups import Group, by_place, grouped, styles
+from copra_llm.report.plots.bars import Bars, lying_bars
+from copra_llm.report.plots.lines import Line, line_plot
+from copra_llm.report.plots.points import Dot, dots
+from copra_llm.report.tables import Table, table
+from copra_llm.results import Result
+
+FEDERATED = ("merge_method", "merge_options", "clients", "split_kind", "beta", "rounds")
+MULTITASK = ("merge_method", "merge_options")
+
+
+def federated_section(results: Sequence[Result]) -> Section | None:
+    groups = grouped((r for r in results if r.protocol == "federated"), FEDERATED)
+    if not groups:
+        return None
+    text = (
+        "Clients train on their own part of the data with their own seed; their adapters are merged. Origin: the mean "
+        "over clients of the last round; merged: their merge. Test accuracies in percent, losses in nats, with 95 % "
+        "intervals over runs of different seeds (Student's t)."
+    )
+    blocks: list[Figure | Table] = [_federated_figure(groups)]
+    if any(len(r.data["rounds"]) > 1 for g in groups for r in g.records):
+        blocks.append(_rounds_figure(groups))
+    return Section("Federated", text, blocks)
+
+
+def _setting(g: Group) -> str:
+    """How the data is split and merged, in short."""
+    method, options, clients, kind, beta, rounds = g.values
+    split = f"Dirichlet {beta:g}" if kind == "dirichlet" and beta is not None else "IID" if kind == "iid" else str(kind)
+    merge = f"{method} ({options})" if options else str(method)
+    return f"{merge}, {clients} clients, {split}" + (f", {rounds} rounds" if (rounds or 1) > 1 else "")
+
+
+def _at_end(r: Result, which: str, name: str) -> float:
+    """Of the last round: "origin" (mean over clients) or "merged"."""
+    key = f"test/{r.config['task']}/{name}/{which}"
+    if key in r.metrics:
+        return r.metrics[key]
+    last = r.data["rounds"][-1]
+    found = [c[name] for c in last["clients"]] if which == "origin" else [last["merged"][name]]
+    return float(np.mean(np.array(found, dtype=float)))
+
+
+def _drop(g: Group) -> Estimate:
+    """Accuracy of the clients minus that of their merge, in percentage points."""
+    return g.estimate(lambda r: _at_end(r, "origin", "accuracy") - _at_end(r, "merged", "accuracy"))
+
+
+def _from_to(g: Group) -> str:
+    origin, merged = (g.estimate(lambda r, w=w: _at_end(r, w, "accuracy")).mean for w in ("origin", "merged"))
+    return f"{origin:.1f} → {merged:.1f}"
+
+
+def _federated_figure(groups: Sequence[Group]) -> Figure:
+    style = styles(g.name for g in groups)
+    panels, rows = [], []
+    for title, here in _by_setting(groups).items():
+        drawn, said = [], []
+        for _, same in by_place(here):
+            row = [Dot(g.name, style[g.name], _drop(g), _from_to(g)) for g in same]
+            drawn.append((same[0].task if len({g.model for g in groups}) == 1 else same[0].place, row))
+            said += [f"{same[0].place}: {dot.name} {dot.value:.1f} ({dot.text})" for dot in row]
+        words = f"Percentage points of accuracy lost by merging (origin → merged accuracy). {'; '.join(said)}."
+        panels.append(Panel(title, words, dots(drawn, "accuracy lost [points]")))
+    for g in groups:
+        both = {
+            (which, name): g.estimate(lambda r, w=which, n=name: _at_end(r, w, n))
+            for which in ("origin", "merged")
+            for name in ("accuracy", "loss")
+        }
+        rows.append((g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, *g.values, len(g.records),
+                     both["origin", "accuracy"], both["merged", "accuracy"], _drop(g), both["origin", "loss"],
+                     both["merged", "loss"]))  # fmt: skip
+    columns = [
+        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",), ("merged by",),
+        ("merge options",), ("clients", "d"), ("split",), ("beta", "g"), ("rounds", "d"), ("runs", "d"),
+        ("origin acc.", ".1f"), ("merged acc.", ".1f"), ("drop", ".1f"), ("origin loss", ".2f"), ("merged loss", ".2f"),
+    ]  # fmt: skip
+    return Figure(
+        "What merging the clients costs",
+        "Accuracy of the clients' own adapters minus that of the merged one, last round. Beside: origin → merged.",
+        panels,
+        table("Federated", columns, rows, 3),
+        keys_of(style, [g.name for g in groups], "marker"),
+    )
+
+
+def _rounds_figure(groups: Sequence[Group]) -> Figure:
+    style = styles(g.name for g in groups)
+    panels, rows = [], []
+    longer = [g for g in groups if len(g.records[0].data["rounds"]) > 1]
+    for title, setting in _by_setting(longer).items():
+        for place, here in by_place(setting):
+            lines, said = [], []
+            for g in here:
+                steps = [entry["round"] for entry in g.records[0].data["rounds"]]
+                values = [
+                    seed_estimate([r.data["rounds"][i]["merged"]["accuracy"] for r in g.records])
+                    for i in range(min(len(r.data["rounds"]) for r in g.records))
+                ]
+                lines.append(Line(g.name, style[g.name], steps[: len(values)], values))
+                said.append(f"{g.name}: {values[0]:.1f} after the first round, {values[-1]:.1f} after the last")
+                rows += [(g.model, g.task, g.label, title, step, v) for step, v in zip(steps, values, strict=False)]
+            drawing = line_plot(
+                lines, "round", "accuracy [%]", within=(0, 100), bars=True, x_ticks=steps if len(steps) <= 8 else None
+            )
+            panels.append(Panel(f"{place}: {title}", f"Merged accuracy in percent. {'; '.join(said)}.", drawing))
+    columns = [("model",), ("task",), ("method",), ("setting",), ("round", "d"), ("merged acc.", ".1f")]
+    made = table("Federated, merged accuracy by round", columns, rows, 3)
+    keys = keys_of(style, [g.name for g in longer])
+    return Figure("Merged accuracy by round", "Means over runs of different seeds.", panels, made, keys)
+
+
+def _by_setting(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    found: dict[str, list[Group]] = {}
+    for g in groups:
+        found.setdefault(_setting(g), []).append(g)
+    return found
+
+
+# --- several tasks ----------------------------------------------------------------------------------------
+
+
+def multitask_section(results: Sequence[Result]) -> Section | None:
+    groups = grouped(
+        (r for r in results if r.protocol == "multitask"), MULTITASK, tasks=lambda r: [" + ".join(r.config["tasks"])]
+    )
+    if not groups:
+        return None
+    text = (
+        "One adapter a task, all merged into one, evaluated on every task. Normalised: merged accuracy in percent of "
+        "the single adapter's. Accuracies in percent, with 95 % intervals over seeds (Student's t)."
+    )
+    return Section("Several tasks in one adapter", text, [_multitask_figure(groups)])
+
+
+def _accuracy(g: Group, task: str, which: str) -> Estimate | None:
+    key = f"test/{task}/accuracy/{which}"
+    values = [r.metrics[key] for r in g.records if key in r.metrics]
+    return seed_estimate(values) if len(values) == len(g.records) else None
+
+
+def _multitask_figure(groups: Sequence[Group]) -> Figure:
+    style = styles(g.name for g in groups)
+    panels, rows = [], []
+    for method in dict.fromkeys(g.values for g in groups):
+        merge = f"{method[0]} ({method[1]})" if method[1] else str(method[0])
+        for place, here in by_place(g for g in groups if g.values == method):
+            tasks = [*here[0].records[0].config["tasks"], "mean"]
+            series = [Bars(g.name, style[g.name], [_accuracy(g, t, "normalised") for t in tasks]) for g in here]
+            top = max([100.0, *(v.mean for s in series for v in s.values if v is not None)])
+            said = [
+                f"{t}: " + ", ".join(f"{s.name} {s.values[i]:.1f}" for s in series if s.values[i] is not None)
+                for i, t in enumerate(tasks)
+            ]
+            words = f"Merged accuracy in percent of the single adapters'. {'; '.join(said)}."
+            drawing = lying_bars(series, tasks, "normalised accuracy [%]", limit=(0.0, top), reference=100.0)
+            panels.append(Panel(f"{merge}: {place}", words, drawing))
+            rows += [
+                (g.model, t, g.label, g.learning_rate, g.steps, g.settings, *method, g.task, len(g.records),
+                 *(_accuracy(g, t, which) for which in ("single", "merged", "normalised")))
+                for g in here for t in tasks
+            ]  # fmt: skip
+    columns = [
+        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",), ("merged by",),
+        ("merge options",), ("of the tasks",), ("seeds", "d"), ("single acc.", ".1f"), ("merged acc.", ".1f"),
+        ("normalised", ".1f"),
+    ]  # fmt: skip
+    note = "A bar a task and method; the broken line is the single adapters' accuracy."
+    keys = keys_of(style, [g.name for g in groups], "bar")
+    return Figure("Normalised accuracy", note, panels, table("Several tasks in one adapter", columns, rows, 3), keys)
