@@ -24,15 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from copra_llm.estimates import t_975
 from copra_llm.results import Result
-
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
-
-def t_975(df: int) -> float:
-    """97.5 % quantile of Student's t with `df` degrees of freedom; beyond the table by its expansion around z."""
-    z = 1.959964
-    return T_975.get(df) or z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import numpy as np
 from copra_llm.adapters import AdapterWeights
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
+from copra_llm.estimates import bootstrap_mean
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.merge import check_line, merge
 from copra_llm.results import Result, pack_bits, peak_memory_bytes
@@ -83,15 +84,6 @@ def line(points: int) -> np.ndarray:
         raise InputError(f"a line of {points} points was asked for, but points must be odd and at least 3: "
                          "both ends and the middle")  # fmt: skip
     return np.linspace(0.0, 1.0, points)
-
-
-def bootstrap_mean(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of `values (n,)` and its 95 % percentile bootstrap interval over resampled examples."""
-    rng, n = np.random.default_rng(seed), len(values)
-    # One draw at a time: all of them at once are gigabytes for the larger test sets.
-    means = [values[rng.integers(0, n, n)].mean() for _ in range(draws)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
 
 
 def interpolate(

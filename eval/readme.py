@@ -11,11 +11,11 @@ import re
 import sys
 from pathlib import Path
 
-from copra_llm.landscape_plots import draw
-from copra_llm.landscape_tables import layerwise_table, plane_table, similarity_table
 from copra_llm.report import connectivity_table, find_results, plot_curves, step_time_table
-from copra_llm.report_pruning import plot_pruning, pruning_details, pruning_table
 from copra_llm.results import write_atomic
+from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
+from copra_llm.summaries.landscape_plots import draw
+from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table
 
 EVAL = Path(__file__).parent
 README = EVAL.parent / "README.md"

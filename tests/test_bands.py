@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from copra_llm.bands import Band, curve_band, pair_band, t_975
+from copra_llm.bands import Band, curve_band, pair_band
+from copra_llm.estimates import t_975
 from copra_llm.results import Result
 
 

@@ -14,9 +14,10 @@ from copra_llm.adapters import load_adapter_weights
 from copra_llm.build import build
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
+from copra_llm.estimates import bootstrap_mean
 from copra_llm.evaluate import evaluate
 from copra_llm.evaluator import AdapterEvaluator
-from copra_llm.interpolate import Curve, bootstrap_mean, curve_record, interpolate, line
+from copra_llm.interpolate import Curve, curve_record, interpolate, line
 from copra_llm.results import unpack_bits
 
 # --- barriers on a curve made by hand ---------------------------------------------------------------------

@@ -15,13 +15,13 @@ from copra_llm.bands import pair_band
 from copra_llm.cli import main
 from copra_llm.config import RunConfig, dump_yaml
 from copra_llm.errors import InputError
-from copra_llm.landscape_plots import draw
-from copra_llm.landscape_tables import layerwise_table, plane_table, similarity_table
 from copra_llm.protocols import runs as protocol_runs
 from copra_llm.protocols.landscape import Plan, best_seeds, run_plan
 from copra_llm.protocols.plans import read_plans
 from copra_llm.results import Result, read_result, write_result
 from copra_llm.saved_runs import SavedRun, find_runs
+from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
+from copra_llm.summaries.landscape_plots import draw
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = Plan(

@@ -18,7 +18,7 @@ from copra_llm.errors import InputError
 from copra_llm.protocols.layer_values import Plan, run_plan, seeds_of
 from copra_llm.protocols.plans import read_plans
 from copra_llm.results import Result, read_result, write_result
-from copra_llm.shapley_tables import shapley_table, thirds
+from copra_llm.summaries.shapley import shapley_table, thirds
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,23 +12,12 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
-    ["config", "paths", "schedule", "masks", "shapley", "results", "errors"],
-    ["adapters", "gates", "models", "tasks", "classifiers", "batches", "saved_runs"],
+    ["config", "paths", "schedule", "masks", "shapley", "results", "estimates", "errors"],
+    ["adapters", "gates", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"],
     ["merge", "prune", "quantise", "build", "similarity"],
-    [
-        "train",
-        "checkpoint",
-        "evaluate",
-        "evaluator",
-        "interpolate",
-        "layerwise",
-        "plane",
-        "variants",
-        "prefixes",
-        "coalitions",
-        "ledger",
-    ],
-    ["protocols", "report", "report_pruning", "shapley_tables", "bands", "landscape_tables", "landscape_plots"],
+    ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
+    + ["prefixes", "coalitions", "ledger"],
+    ["protocols", "report", "summaries"],
     ["cli"],
 ]
 """Modules and subpackages of `copra_llm/`; each imports from rows above and, without a cycle, from its own."""

@@ -20,8 +20,8 @@ from copra_llm.protocols.plans import read_plans
 from copra_llm.protocols.pruning import Plan, find_runs, run_plan
 from copra_llm.prune import Variant, structured_names
 from copra_llm.report import find_results, t_975
-from copra_llm.report_pruning import averaged, plot_pruning, pruning_details, pruning_series, pruning_table
 from copra_llm.results import Result, read_result
+from copra_llm.summaries.pruning import averaged, plot_pruning, pruning_details, pruning_series, pruning_table
 from copra_llm.train import train_adapter
 from copra_llm.variants import evaluate_variants, figure_variants, unfinished_file
 

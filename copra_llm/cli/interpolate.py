@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from copra_llm.interpolate import line
-    from copra_llm.landscape_plots import plot_layers
     from copra_llm.merge import check_line, check_options
     from copra_llm.report import plot_curves, require_matplotlib
     from copra_llm.results import write_result
+    from copra_llm.summaries.landscape_plots import plot_layers
 
     if len(args.adapters) != 2:
         given = len(args.adapters)

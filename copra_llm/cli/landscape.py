@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from copra_llm.adapters import load_adapter_weights
-    from copra_llm.landscape_plots import plot_planes
     from copra_llm.plane import plane_record
     from copra_llm.report import require_matplotlib
     from copra_llm.results import write_result
+    from copra_llm.summaries.landscape_plots import plot_planes
 
     if len(args.adapters) != 3:
         raise InputError(f"{len(args.adapters)} adapters were given, but a plane goes through three")

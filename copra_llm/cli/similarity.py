@@ -19,11 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from copra_llm.landscape_plots import plot_similarity
     from copra_llm.report import require_matplotlib
     from copra_llm.results import write_result
     from copra_llm.saved_runs import read_run
     from copra_llm.similarity import similarity_record
+    from copra_llm.summaries.landscape_plots import plot_similarity
 
     if len(args.adapters) < 2:
         raise InputError("one adapter was given, but there is nothing to compare it with; give two or more")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from copra_llm.bands import curve_band
 from copra_llm.errors import InputError
 from copra_llm.report.groups import NAMES, ORDER
 from copra_llm.results import Result
@@ -28,7 +29,7 @@ def require_matplotlib() -> None:
 
 
 def plot_curves(records: Sequence[Result], stem: Path) -> list[Path]:
-    """Accuracy and loss along the line, one line a label (mean and range over its pairs), as PNG and SVG.
+    """Accuracy and loss along the line, one line a label (mean over its pairs, 95 % band), as PNG and SVG.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -48,13 +49,11 @@ def plot_curves(records: Sequence[Result], stem: Path) -> list[Path]:
         for label in sorted(groups, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)):
             for row, quantity in enumerate(("accuracy", "loss")):
                 axis = axes[row, column]
-                grid = np.array(groups[label][0].data["alpha"])
-                points = [r.data[quantity] for r in groups[label] if len(r.data["alpha"]) == len(grid)]
-                values = np.array(points, dtype=float)  # a loss that was not finite is None: a gap
-                (line,) = axis.plot(grid, values.mean(0), label=NAMES.get(label, label), color=COLOURS.get(label),
+                grid, band = curve_band(groups[label], quantity)
+                (line,) = axis.plot(grid, band.mean, label=NAMES.get(label, label), color=COLOURS.get(label),
                                     marker="o", markersize=3)  # fmt: skip
-                if len(values) > 1:
-                    axis.fill_between(grid, values.min(0), values.max(0), alpha=0.18, color=line.get_color(), lw=0)
+                if np.isfinite(band.low).any():
+                    axis.fill_between(grid, band.low, band.high, alpha=0.18, color=line.get_color(), lw=0)
         axes[0, column].set_title(f"{task}, {Path(model).name}", fontsize=10)
         axes[1, column].set_xlabel("weight of the first adapter")
     axes[0, 0].set_ylabel("test accuracy [%]")

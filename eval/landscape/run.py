@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 from copra_llm.errors import exit_on_input_error
-from copra_llm.landscape_plots import draw
 from copra_llm.protocols.landscape import Plan, run_plan
 from copra_llm.protocols.plans import read_plans
 from copra_llm.report import find_results
+from copra_llm.summaries.landscape_plots import draw
 
 HERE = Path(__file__).parent
 

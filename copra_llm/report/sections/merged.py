@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from copra_llm.bands import curve_band
 from copra_llm.estimates import Estimate, bootstrap_pairs, exact, seed_estimate
 from copra_llm.report.document import Figure, Panel, Section, keys_of
 from copra_llm.report.groups import Group, by_place, grouped, metric, styles
@@ -273,9 +274,11 @@ def curves_figure(name: str, groups: Sequence[Group], quantity: str = "accuracy"
 
 def curve_estimates(g: Group, quantity: str) -> tuple[list[float], list[Estimate]]:
     """Weights and the values over them; a loss that was not finite leaves a gap."""
-    finest = finest_lines(g)
-    values = np.array([r.data[quantity] for r in finest], dtype=float)  # (pairs, points)
-    return list(finest[0].data["alpha"]), [seed_estimate(column) for column in values.T]
+    alpha, band = curve_band(finest_lines(g), quantity)
+    values = zip(
+        band.mean, np.broadcast_to(band.low, alpha.shape), np.broadcast_to(band.high, alpha.shape), strict=True
+    )
+    return alpha.tolist(), [Estimate(*map(float, value)) for value in values]
 
 
 def finest_lines(g: Group) -> list[Result]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from copra_llm.landscape_tables import grouped, layer_band
 from copra_llm.report import COLOURS, NAMES, ORDER, require_matplotlib
 from copra_llm.results import Result
+from copra_llm.summaries.landscape import grouped, layer_band
 
 MARKERS = "osD^vP*X"
 
