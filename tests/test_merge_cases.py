@@ -14,6 +14,7 @@ from copra_llm.adapters import LoraFactors
 from copra_llm.errors import InputError
 from copra_llm.merge import AVERAGES, METHODS, check_line, merge, options_of
 from copra_llm.merge.fusion import fuse
+from copra_llm.merge.ties import elect
 
 # --- known answers --------------------------------------------------------------------------------------------------
 
@@ -26,6 +27,13 @@ def test_nothing_is_dropped_at_density_one(method, on):
     options = {"density": 1.0} | ({} if method == "knots" else {"on": on})
     assert near(METHODS[method]([first, second], [1.0, 0.0], **options), dense(first))
     assert near(METHODS[method]([first] * 3, [1 / 3] * 3, **options), dense(first))
+
+
+def test_an_exact_tie_elects_nothing():
+    """Equal votes for both signs: 0, whatever the order; weights break the tie."""
+    votes = torch.tensor([[2.0, 2.0, 1.0], [-2.0, 4.0, 0.0]], dtype=torch.float64)
+    assert elect(votes, [1.0, 1.0]).tolist() == elect(votes.flip(0), [1.0, 1.0]).tolist() == [0.0, 3.0, 1.0]
+    assert elect(votes, [3.0, 1.0]).tolist() == [2.0, 2.5, 1.0]
 
 
 def test_tsv_m_of_copies_is_their_mean():

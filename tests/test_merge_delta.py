@@ -12,7 +12,7 @@ from merge_reference import SHAPES, dense, elected, factors, trimmed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from copra_llm.merge import METHODS, merge
-from copra_llm.merge.dare import keep_mask
+from copra_llm.merge.dare import keep_mask, on_blocks
 from copra_llm.merge.delta import Deltas
 from copra_llm.merge.figures import Figures
 from copra_llm.merge.lowrank import norm_of_product, polar
@@ -90,6 +90,14 @@ def test_a_mask_depends_on_its_key_alone():
     for change in ({"seed": 4}, {"name": "other"}, {"adapter": 0}):
         other = keep_mask(range(40), 30, **KEY | change)
         assert 0.4 < (whole == other).double().mean() < 0.6
+
+
+@pytest.mark.parametrize("shape", [(14, 9), (9, 14)])
+def test_blocks_do_not_change_the_masks(shape):
+    """A block knows its first line."""
+    fs = [factors(seed, 3, shape, 2.0) for seed in range(2)]
+    rule = on_blocks(lambda x: x.sum(0), 0.5, 7, "m")
+    assert np.allclose(dense(Deltas(fs, 20).merged(rule, 9)), dense(Deltas(fs).merged(rule, 9)), rtol=0, atol=1e-10)
 
 
 def test_no_global_generator_moves():

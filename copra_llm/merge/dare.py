@@ -54,7 +54,7 @@ def dare(
     """
     if on == "delta":
         share = torch.tensor(weights, dtype=torch.float64).view(-1, 1, 1)
-        rule = _on_blocks(lambda x: (share * x).sum(0), density, seed, module)
+        rule = on_blocks(lambda x: (share * x).sum(0), density, seed, module)
         return Deltas(factors).merged(rule, rank or max(f.r for f in factors), note)
     all_A, all_B = _dropped_factors(factors, density, seed, module)
     lora_A, lora_B = torch.cat(all_A), torch.cat([w * b for w, b in zip(weights, all_B, strict=True)], 1)
@@ -79,7 +79,7 @@ def dare_ties(
         InputError: if the ranks differ, or a weight is negative.
     """
     if on == "delta":
-        rule = _on_blocks(lambda x: elect(x, weights), density, seed, module)
+        rule = on_blocks(lambda x: elect(x, weights), density, seed, module)
         return Deltas(factors).merged(rule, rank or max(f.r for f in factors), note)
     same = same_rank(factors, pad, "dare-ties on factors", "--on delta or --pad zero")
     lora_A, lora_B = (elect(torch.stack(side), weights) for side in _dropped_factors(same, density, seed, module))
@@ -111,7 +111,7 @@ def dropped(values: Tensor, adapter: int, first: int = 0, *, density: float, see
     return torch.where(mask, values / density, 0.0)
 
 
-def _on_blocks(combine: Callable[[Tensor], Tensor], density: float, seed: int, module: str):
+def on_blocks(combine: Callable[[Tensor], Tensor], density: float, seed: int, module: str):
     """`combine` of the dropped blocks `(n, lines, length)`, as `Deltas.merged` wants it."""
     key = {"density": density, "seed": seed, "name": f"{module}.delta"}
     return lambda first, block: combine(torch.stack([dropped(x, i, first, **key) for i, x in enumerate(block)]))

@@ -72,7 +72,7 @@ def elect(values: Tensor, weights: Sequence[float]) -> Tensor:
                          "give none below 0")  # fmt: skip
     shares = torch.tensor(weights, dtype=values.dtype).view(-1, *[1] * (values.dim() - 1))
     sign = (shares * values).sum(0).sign()
-    agree = torch.where((values.sign() == sign) & (sign != 0), shares, 0.0)  # (n, ...)
+    agree = torch.where(values.sign() == sign, shares, 0.0)  # (n, ...)
     return (agree * values).sum(0) / agree.sum(0).clamp_min(torch.finfo(values.dtype).tiny)
 
 

@@ -5,8 +5,10 @@
 32 layers of q, k, v, o (hidden x hidden), gate and up (mlp x hidden) and down (hidden x mlp), random factors.
 
 1. This package merges all of them (`truncated`), and every rule one layer. Peak memory is read here.
-2. PEFT's `add_weighted_adapter` merges one module of each of the three shapes, and this package the same one just
-   before and after it. PEFT's whole is the sample's, times how often the shape occurs; ours is measured whole.
+2. PEFT's `add_weighted_adapter` merges the q and the gate of the first layer, and this package the same ones just
+   before and after. PEFT's whole is that sample, times how often a shape occurs (down is gate transposed: the same
+   cost); ours is measured whole. "svd" is PEFT's default, "svd thin" its `svd_full_matrices=False`, which matters
+   where a matrix is not square.
 
 One thread, one process. Ratios are of CPU seconds, which are what the wall clock shows on an idle core; wall seconds
 stand beside them.
@@ -31,10 +33,8 @@ from copra_llm.results import Result, environment, peak_memory_bytes, write_resu
 HERE = Path(__file__).parent
 PROJECTIONS = {"q_proj": "square", "k_proj": "square", "v_proj": "square", "o_proj": "square",
                "gate_proj": "tall", "up_proj": "tall", "down_proj": "wide"}  # fmt: skip
-SAMPLE = {"square": "q_proj", "tall": "gate_proj", "wide": "down_proj"}
+SAMPLE = {"square": "q_proj", "tall": "gate_proj"}
 """One module a shape, of the first layer."""
-DELTA = {"ties on delta": ("ties", {"on": "delta"})}
-"""Rules that read Delta W itself are timed on the square module alone."""
 
 Seconds = dict[str, float]
 """`cpu` and `wall`."""
@@ -119,11 +119,12 @@ def our_times(adapters: list[AdapterWeights], args: argparse.Namespace) -> tuple
     times = {}
     times["whole/truncated"], _ = by_us(adapters, "truncated", rank=args.rank)
     memory = peak_memory_bytes()
-    print(f"whole: {times['whole/truncated']['cpu']:.1f} s, peak {memory / 2**30:.2f} GiB", flush=True)
+    tell(times, "whole/truncated")
+    print(f"peak {memory / 2**30:.2f} GiB", flush=True)
     layer = part(adapters, lambda name: name.startswith("model.layers.0."))
     for method in METHODS:
         times[f"layer/{method}"], _ = by_us(layer, method)
-        print(f"one layer by {method}: {times[f'layer/{method}']['cpu']:.2f} s", flush=True)
+        tell(times, f"layer/{method}")
     return times, memory
 
 
@@ -136,35 +137,39 @@ def sampled_times(
         module = f"model.layers.0.{last}"
         own, model = part(adapters, lambda name, m=module: name == m), peft_model(adapters, module, args.rank)
         before, merged = by_us(own, "truncated", rank=args.rank)
-        for label, options in (("svd", {}), ("svd thin", {"svd_full_matrices": False})):
-            times[f"{kind}/PEFT {label}"], theirs = by_peft(model, len(own), args.rank, "svd", **options)
-            apart[f"{kind}/{label}"] = distance(theirs, merged.factors[module])
+        for label, options in (("svd thin", {"svd_full_matrices": False}), ("svd", {})):
+            if kind == "tall" or label == "svd":
+                times[f"{kind}/PEFT {label}"], theirs = by_peft(model, len(own), args.rank, "svd", **options)
+                apart[f"{kind}/{label}"] = distance(theirs, merged.factors[module])
+                tell(times, f"{kind}/PEFT {label}")
         after, _ = by_us(own, "truncated", rank=args.rank)
         times[f"{kind}/truncated"] = {name: (before[name] + after[name]) / 2 for name in before}
+        tell(times, f"{kind}/truncated")
         if kind == "square":
-            for label, (method, options) in DELTA.items():
-                times[f"{kind}/{label}"], _ = by_us(own, method, rank=args.rank, density=0.2, **options)
-            times[f"{kind}/PEFT ties_svd thin"], _ = by_peft(
-                model, len(own), args.rank, "ties_svd", density=0.2, svd_full_matrices=False
-            )
-        for name, spent in times.items():
-            if name.startswith(kind):
-                print(f"{name}: {spent['cpu']:.2f} s CPU, {spent['wall']:.2f} s wall", flush=True)
+            times["square/ties on delta"], _ = by_us(own, "ties", rank=args.rank, density=0.2, on="delta")
+            times["square/PEFT ties_svd"], _ = by_peft(model, len(own), args.rank, "ties_svd", density=0.2)
+            tell(times, "square/ties on delta", "square/PEFT ties_svd")
     return times, apart
+
+
+def tell(times: dict[str, Seconds], *names: str) -> None:
+    for name in names:
+        print(f"{name}: {times[name]['cpu']:.2f} s CPU, {times[name]['wall']:.2f} s wall", flush=True)
 
 
 def ratios(times: dict[str, Seconds], layers: int) -> dict[str, float]:
     """PEFT's seconds divided by ours, module by module and for the whole."""
     found = {}
+    kinds = ["square" if kind == "square" else "tall" for kind in PROJECTIONS.values()]
     for label in ("svd", "svd thin"):
         for unit in ("cpu", "wall"):
-            theirs = {kind: times[f"{kind}/PEFT {label}"][unit] for kind in SAMPLE}
-            whole = layers * sum(theirs[kind] for kind in PROJECTIONS.values())
-            found[f"{unit}_seconds/PEFT {label}, extrapolated"] = whole
+            theirs = {"square": times["square/PEFT svd"][unit], "tall": times[f"tall/PEFT {label}"][unit]}
+            whole = layers * sum(theirs[kind] for kind in kinds)
+            found[f"{unit}_seconds/whole, PEFT {label}, extrapolated"] = whole
             found[f"{unit}_ratio/whole, {label}"] = whole / times["whole/truncated"][unit]
             for kind in SAMPLE:
                 found[f"{unit}_ratio/{kind}, {label}"] = theirs[kind] / times[f"{kind}/truncated"][unit]
-    delta = times["square/PEFT ties_svd thin"]["cpu"] / times["square/ties on delta"]["cpu"]
+    delta = times["square/PEFT ties_svd"]["cpu"] / times["square/ties on delta"]["cpu"]
     return found | {"cpu_ratio/square, ties on delta": delta}
 
 
@@ -177,7 +182,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     shapes = {"square": (args.hidden, args.hidden), "tall": (args.mlp, args.hidden), "wide": (args.hidden, args.mlp)}
-    started = time.perf_counter()
+    started, machine = time.perf_counter(), environment(device="cpu", threads=1)
     adapters = random_adapters(args, shapes)
     ours, memory = our_times(adapters, args)
     sampled, apart = sampled_times(part(adapters, lambda name: name.startswith("model.layers.0.")), args)
@@ -194,7 +199,7 @@ def main() -> None:
         print(f"{name}: {value:.4g}")
     config = {name: value for name, value in vars(args).items() if name != "results"}
     record = Result("speed_merge", config, metrics, time.perf_counter() - started, memory, data={"seconds": times},
-                    environment=environment(device="cpu", threads=1))  # fmt: skip
+                    environment=machine)  # fmt: skip
     write_result(args.results / "merge.json", record)
 
 
