@@ -22,6 +22,7 @@ from copra_llm.quantise import KINDS
 from copra_llm.results import Result, pack_bits, peak_memory_bytes, write_atomic, write_result
 
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Of the curves, unless others are asked for."""
 
 
 def figure_variants(
@@ -38,12 +39,14 @@ def figure_variants(
         seed: of random entries.
         densities: of the unstructured curves.
         by: how their entries are chosen, a curve each.
-        quantised: kinds; each alone, after half of the layers and after half of the entries.
+        quantised: kinds; each alone, the last one also after half of the layers and after half of the entries.
     """
     curves = [Variant(density=d, by=b, seed=seed) for b in by for d in densities]
     bits = [Variant(quantise=kind) for kind in quantised]
     both = [
-        Variant(*half, quantise=kind) for kind in quantised for half in (("every-other",), ("all", 0.5, "magnitude"))
+        Variant(*half, quantise=kind)
+        for kind in quantised[-1:]
+        for half in (("every-other",), ("all", 0.5, "magnitude"))
     ]
     return [Variant(name) for name in keep] + curves + bits + both
 
@@ -73,16 +76,15 @@ def variants_record(
         unfinished: file that keeps the finished variants while the others are evaluated.
         progress: wraps the iterable of variants.
     """
-    started = time.time()
     own = {"split": evaluator.split, "task": task, "checkpoint": checkpoint, **(settings or {})}
     pattern = config.schedule.layer_pattern
-    rows = evaluate_variants(weights, variants, evaluator, task, pattern, unfinished, progress)
+    rows, seconds = evaluate_variants(weights, variants, evaluator, task, pattern, unfinished, progress)
     evaluator.attach(weights)  # the environment is the model's, which is not loaded yet if every row was kept
     return Result(
         protocol="pruning",
         config=own | config.flat(),
         metrics={f"{evaluator.split}/{task}/accuracy/{r['name']}@{r['density']:g}": r["accuracy"] for r in rows},
-        seconds=time.time() - started,
+        seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         data={"rows": rows, "random_seeds": sorted({v.seed for v in variants if v.by == "random"})},
         environment=evaluator.environment(),
@@ -97,10 +99,14 @@ def evaluate_variants(
     layer_pattern: str | None = None,
     unfinished: Path | None = None,
     progress: Callable = iter,
-) -> list[dict[str, Any]]:
-    """A row a variant: kind, name, density, accuracy [percent], loss [nats], correct, parameters, bytes."""
+) -> tuple[list[dict[str, Any]], float]:
+    """A row a variant, and the seconds they took, those before a stop included.
+
+    A row holds kind, name, density, accuracy [percent], loss [nats], correct, parameters and bytes.
+    """
     stamp = _stamp(weights, evaluator, task, repr((sorted({v.seed for v in variants}), layer_pattern)))
-    done = _unfinished_rows(unfinished, stamp)
+    done, seconds = _unfinished_rows(unfinished, stamp)
+    started = time.time() - seconds
     for variant in progress(variants):
         key = (variant.name, variant.density)
         if key in done:
@@ -110,8 +116,9 @@ def evaluate_variants(
         row = done.get((same.name, same.density)) or _evaluate(weights, same, evaluator, task, layer_pattern)
         done[key] = row | {"kind": variant.kind, "name": variant.name}
         if unfinished is not None:
-            write_atomic(unfinished, json.dumps({"of": stamp, "rows": list(done.values())}))
-    return [done[variant.name, variant.density] for variant in variants]
+            kept = {"of": stamp, "seconds": time.time() - started, "rows": list(done.values())}
+            write_atomic(unfinished, json.dumps(kept))
+    return [done[variant.name, variant.density] for variant in variants], time.time() - started
 
 
 def unfinished_file(record: Path) -> Path:
@@ -155,8 +162,9 @@ def _stamp(weights: AdapterWeights, evaluator: AdapterEvaluator, task: str, more
     return digest.hexdigest()
 
 
-def _unfinished_rows(file: Path | None, stamp: str) -> dict[tuple[str, float], dict[str, Any]]:
-    if file is None or not file.is_file():
-        return {}
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    return {(row["name"], row["density"]): row for row in kept["rows"]} if kept["of"] == stamp else {}
+def _unfinished_rows(file: Path | None, stamp: str) -> tuple[dict[tuple[str, float], dict[str, Any]], float]:
+    """By name and density; and the seconds they took."""
+    kept = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+    if kept.get("of") != stamp:
+        return {}, 0.0
+    return {(row["name"], row["density"]): row for row in kept["rows"]}, kept["seconds"]

@@ -145,6 +145,17 @@ def test_layers_are_ordered_like_gates_in_each_tower(tiny, tmp_path, name, keep)
     assert torch.equal(output(loaded(tiny(name), pruned, tmp_path / "pruned"), name), masked)
 
 
+def test_trained_biases_of_dropped_layers_stay(tiny, tmp_path):
+    """Biases are no players: PEFT loads them into the plain modules, where the dropped adapters were."""
+    whole = adapt(tiny("bert"), tmp_path / "whole", target_modules=["query"], bias="lora_only")
+    kept = [i % 2 == 0 for i in range(12)]
+    with LayerGates(whole).applied(kept):
+        masked = output(whole, "bert")
+    pruned = structured(load_adapter_weights(tmp_path / "whole"), "every-other")
+    assert len(pruned.extras) == 12
+    assert torch.equal(output(loaded(tiny("bert"), pruned, tmp_path / "pruned"), "bert"), masked)
+
+
 @pytest.mark.parametrize(
     "keep, part", [("q", ".q"), ("decoder.block", "decoder."), ("encoder.block.1", "encoder.block.1")]
 )

@@ -211,9 +211,9 @@ def test_what_was_kept_of_another_adapter_or_seed_is_not_used(tmp_path):
 
 
 def test_all_variants_of_the_figure():
-    """Ten densities by three ways, and bits after half of the layers or entries."""
+    """Ten densities by three ways, and the fewest bits after half of the layers or entries."""
     variants = figure_variants(["all", "low"], 0)
-    assert len(set(variants)) == len(variants) == 2 + 30 + 2 + 4
+    assert len(set(variants)) == len(variants) == 2 + 30 + 2 + 2
     assert {v.density for v in variants if v.kind == "unstructured"} == {i / 10 for i in range(1, 11)}
 
 
@@ -322,7 +322,7 @@ def test_the_command_evaluates_the_figure_if_nothing_is_listed(adapter, tmp_path
     monkeypatch.setattr(AdapterEvaluator, "__call__", lambda self, weights, task: Constant()(weights, task))
     assert copra("prune", adapter, *DATA, "--output", tmp_path / "record.json") == 0
     rows = read_result(tmp_path / "record.json").data["rows"]
-    assert len(rows) == 8 + 30 + 2 + 4
+    assert len(rows) == 8 + 30 + 2 + 2
 
 
 @pytest.mark.parametrize(
