@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 DEMO   ?= demo
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-slow test-gpu lint wheel tables clean
+.PHONY: install demo test test-slow test-gpu test-browser lint wheel tables clean
 
 install: $(STAMP)
 
@@ -31,6 +31,10 @@ test-slow: install
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
+
+# The report's page in Chromium: apt-get install chromium, or $(BIN)/playwright install chromium.
+test-browser: install
+	$(BIN)/python -m pytest -m browser
 
 lint: install
 	$(BIN)/ruff check .

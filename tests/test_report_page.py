@@ -109,7 +109,7 @@ def test_tables_have_captions_scopes_and_a_region_for_the_keyboard(page):
             assert row[0].tag == "th" and {cell.get("scope") for cell in row if cell.tag == "th"} == {"row"}
             assert len(row) == len(t.findall("thead/tr/th"))
     regions = [node for node in page.iter("div") if node.get("class") == "scroll"]
-    assert all(r.get("tabindex") == "0" and r.get("role") == "region" and r.get("aria-labelledby") for r in regions)
+    assert all(r.get("tabindex") == "0" and r.get("role") == "group" and r.get("aria-labelledby") for r in regions)
     assert len(regions) == len(tables)
 
 

@@ -28,7 +28,7 @@ from copra_llm.report.plots.axes import Scale, limits, tick_texts, ticks, words
 from copra_llm.report.plots.bars import Bars, lying_bars, upright_bars
 from copra_llm.report.plots.heat import heat_map
 from copra_llm.report.plots.lines import Line, line_plot
-from copra_llm.report.plots.marks import SHAPES, dash
+from copra_llm.report.plots.marks import SHAPES, dash, error_bar
 from copra_llm.report.plots.points import Dot, Point, dots, scatter
 
 NAN = float("nan")
@@ -179,6 +179,16 @@ def test_upright_bars_rise_from_zero_in_proportion():
     assert zero == zero2 and (zero - top) == pytest.approx(-2 * (zero2 - bottom), abs=0.3) and width > 0
     (error,) = paths(drawing, "err")
     assert error[1] - error[2] == pytest.approx(zero - top, abs=0.3)  # from 1 to 3: as long as the bar of 2
+
+
+def test_an_interval_that_is_cut_has_no_cap():
+    """So that it is not read as ending there."""
+    scale = Scale(0.0, 10.0, 100.0, 0.0)
+    assert str(error_bar(5.0, Estimate(5.0, 2.0, 8.0), scale)).count("h6") == 2
+    assert str(error_bar(5.0, Estimate(5.0, 2.0, 80.0), scale)).count("h6") == 1
+    assert error_bar(5.0, exact(5.0), scale) is None
+    wide = Dot("a", 0, Estimate(1.0, -40.0, 42.0), "t")
+    assert str(dots([("x", [wide])], "lost").content).count("v6") == 2
 
 
 def test_lying_bars_share_their_zero_and_carry_their_number():

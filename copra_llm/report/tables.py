@@ -107,7 +107,7 @@ def html_table(t: Table, name: str) -> Html:
     cut = f" The first {most} of {len(t.rows)} rows; the CSV has all." if len(t.rows) > most else ""
     note = el("p", t.note + cut, class_="note") if t.note or cut else None
     grid = el("table", el("caption", t.caption, id=name), el("thead", head), el("tbody", *body))
-    region = el("div", grid, class_="scroll", role="region", aria_labelledby=name, tabindex="0")
+    region = el("div", grid, class_="scroll", role="group", aria_labelledby=name, tabindex="0")
     return el("div", region, note, el("p", csv_link(t), class_="links"), class_="table")
 
 

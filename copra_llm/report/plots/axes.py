@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from copra_llm.report.markup import Html, el, joined, leaf
@@ -90,6 +90,15 @@ def limits(values: Sequence[float], ends: Sequence[float] = (), *, within=(-math
     return max(low - pad, within[0]), min(high + pad, within[1])
 
 
+def room(texts: Iterable[str]) -> float:
+    """Width that the longest of some texts takes, in the widest of the usual fonts."""
+    return max((sum(TEXT * _WIDTHS.get(c, 0.64) for c in text) for text in texts), default=0.0)
+
+
+_WIDTHS = dict.fromkeys("ijlt.,:;'|!() []-", 0.41) | dict.fromkeys("mwMW%@…", 0.98)
+"""Of characters, in ems, where they are not about average."""
+
+
 def words(text: str, most: int) -> str:
     """A label that fits: cut in the middle, where names of modules say least."""
     if len(text) <= most:
@@ -137,4 +146,4 @@ def base(box: Box, y: float) -> Html:
 
 def left_margin(scale_low: float, scale_high: float) -> float:
     """Room for the numbers of a y-axis."""
-    return 12 + 7.2 * max(len(t) for t in tick_texts(ticks(scale_low, scale_high)))
+    return 10 + room(tick_texts(ticks(scale_low, scale_high)))

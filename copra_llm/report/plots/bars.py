@@ -18,6 +18,7 @@ from copra_llm.report.plots.axes import (
     label,
     left_margin,
     limits,
+    room,
     ticks,
     words,
     x_axis,
@@ -73,13 +74,11 @@ def upright_bars(
             d = f"M{x:.1f} {zero:.1f}V{top:.1f}h{width * 0.92:.1f}V{zero:.1f}z"
             bars.append(el("path", el("title", tip), class_="bar", d=d))
             middle = x + 0.46 * width
-            if e.has_interval:
-                ends = (y_scale.clamped(e.low), y_scale.clamped(e.high))
-                bars.append(error_bar(middle, *ends, cap=min(3.0, width / 3)))
+            bars.append(error_bar(middle, e, y_scale, cap=min(3.0, width / 3)))
             if width > 11.0:
                 bars.append(marker(s.style, middle, top))
         parts.append(el("g", *bars, class_=colour(s.style)))
-    every = math.ceil(len(categories) * max((len(c) for c in categories), default=1) * 7.5 / (box.right - box.left))
+    every = math.ceil(len(categories) * (room(words(c, 12) for c in categories) + 5) / (box.right - box.left))
     for k, name in enumerate(categories):
         if k % max(every, 1) == 0:
             parts.append(label(box.left + (k + 0.5) * slot, box.bottom + 17, words(name, 12), "middle"))
@@ -109,11 +108,10 @@ def lying_bars(
         lanes: bars a row has room for; default: one a series. With fewer, series share them.
     """
     low, high = _limits(series, limit)
-    longest = max((len(c) for c in categories), default=1)
     lanes = lanes or max(len(series), 1)
     thick = 15.0 if lanes < 3 else 13.0
     step = thick * lanes + 12
-    box = Box(min(14 + 6.6 * min(longest, 20), 150), 8, WIDTH - 52, 8 + step * len(categories))
+    box = Box(14 + room(words(c, 20) for c in categories), 8, WIDTH - 52, 8 + step * len(categories))
     scale = Scale(low, high, box.left, box.right)
     parts = [x_axis(scale, box, title, ticks(low, high, 6), grid=True)]
     if reference is not None:
@@ -129,13 +127,10 @@ def lying_bars(
             end = scale.clamped(e.mean)
             d = f"M{zero:.1f} {y:.1f}H{end:.1f}v{thick - 2:g}H{zero:.1f}z"
             bars.append(el("path", el("title", f"{s.name}, {categories[k]}: {e:{spec}}"), class_="bar", d=d))
-            middle, far = y + thick / 2 - 1, end
-            if e.has_interval:
-                ends = (scale.clamped(e.low), scale.clamped(e.high))
-                bars.append(error_bar(middle, *ends, upright=False))
-                far = max(far, ends[1])
+            middle, far = y + thick / 2 - 1, scale.clamped(e.high) if e.has_interval else end
+            bars.append(error_bar(middle, e, scale, upright=False))
             bars.append(marker(s.style, end, middle))
-            bars.append(label(max(far, zero) + 8, middle + 4, f"{e.mean:{spec}}", class_="value"))
+            bars.append(label(max(far, end, zero) + 8, middle + 4, f"{e.mean:{spec}}", class_="value"))
         parts.append(el("g", *bars, class_=colour(s.style)))
     for k, name in enumerate(categories):
         y = box.top + (k + 0.5) * step + TEXT / 3

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from copra_llm.report.markup import Html, el, joined, leaf
 from copra_llm.report.palette import LEVELS, level
-from copra_llm.report.plots.axes import TEXT, WIDTH, Box, Drawing, label, words, x_title
+from copra_llm.report.plots.axes import TEXT, WIDTH, Box, Drawing, label, room, words, x_title
 from copra_llm.report.plots.marks import colour, marker
 
 Cells = Sequence[Sequence[float | None]]
@@ -38,12 +38,11 @@ def heat_map(
     """
     known = [v for row in cells for v in row if v is not None and math.isfinite(v)]
     low, high = limit or (min(known, default=0.0), max(known, default=1.0))
-    longest = max((len(words(name, 14)) for name in rows), default=1)
-    box_left, box_right = 12 + 7.0 * longest, WIDTH - 8.0
+    box_left, box_right = 12 + room(words(name, 14) for name in rows), WIDTH - 8.0
     width = (box_right - box_left) / max(len(columns), 1)
     height = width if square else 34.0
     box = Box(box_left, 24, box_right, 24 + height * len(rows))
-    numbers = width >= 7.4 * len(f"{high:{spec}}") and height >= 16
+    numbers = width >= room([f"{low:{spec}}", f"{high:{spec}}"]) + 3 and height >= 16
     parts: list[Html | None] = []
     for r, row in enumerate(cells):
         for c, value in enumerate(row):
@@ -72,7 +71,7 @@ def _cell(value, x, y, width, height, limit, shown, tip, spec) -> Html:
 
 
 def _names(columns, rows, box: Box, width: float, height: float) -> list[Html]:
-    every_column = math.ceil(max((7.0 * len(words(c, 14)) + 6 for c in columns), default=1) / width)
+    every_column = math.ceil((room(words(c, 14) for c in columns) + 6) / width)
     every_row = math.ceil((TEXT + 2) / height)
     below = [
         label(box.left + (c + 0.5) * width, box.bottom + 17, words(name, 14), "middle")

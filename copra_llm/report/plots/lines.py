@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from copra_llm.estimates import Estimate
-from copra_llm.report.markup import el, joined
+from copra_llm.report.markup import Html, el, joined
 from copra_llm.report.plots.axes import WIDTH, Box, Drawing, Scale, left_margin, limits, x_axis, y_axis
 from copra_llm.report.plots.marks import band, colour, error_bar, marker, polyline
 
@@ -57,13 +57,11 @@ def line_plot(
     return Drawing(joined(*parts), HEIGHT)
 
 
-def _interval(line: Line, x_scale: Scale, y_scale: Scale, bars: bool):
+def _interval(line: Line, x_scale: Scale, y_scale: Scale, bars: bool) -> Html | None:
     known = [(x_scale(x), e) for x, e in zip(line.x, line.y, strict=True) if e.has_interval and math.isfinite(e.mean)]
     if not known:
         return None
-    lows, highs = (
-        [y_scale.clamped(end) for end in ends] for ends in zip(*((e.low, e.high) for _, e in known), strict=True)
-    )
-    xs = [x for x, _ in known]
-    drawn = [error_bar(*place) for place in zip(xs, lows, highs, strict=True)] if bars else [band(xs, lows, highs)]
-    return el("g", *drawn, class_=colour(line.style))
+    if bars:
+        return el("g", *(error_bar(x, e, y_scale) for x, e in known), class_=colour(line.style))
+    lows, highs = ([y_scale.clamped(getattr(e, end)) for _, e in known] for end in ("low", "high"))
+    return el("g", band([x for x, _ in known], lows, highs), class_=colour(line.style))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from copra_llm.estimates import Estimate
 from copra_llm.report.markup import Html, el, joined, leaf, number
 from copra_llm.report.palette import DASHES, SERIES
+from copra_llm.report.plots.axes import Scale
 
 SHAPES = (
     "m-3.7 0a3.7 3.7 0 1 0 7.4 0a3.7 3.7 0 1 0-7.4 0z",  # circle
@@ -36,13 +38,17 @@ def marker(style: int, x: float, y: float, hollow: bool = False, tip: str | None
     return el("path", el("title", tip), class_=kind, d=d) if tip else leaf("path", class_=kind, d=d)
 
 
-def error_bar(x: float, low: float, high: float, cap: float = 3.0, upright: bool = True) -> Html:
-    """From `low` to `high` (places on the page) at `x`, with caps."""
+def error_bar(x: float, e: Estimate, scale: Scale, cap: float = 3.0, upright: bool = True) -> Html | None:
+    """An estimate's interval at the place `x`; an end that lies beyond the frame has no cap."""
+    if not e.has_interval:
+        return None
+    low, high = scale.clamped(e.low), scale.clamped(e.high)
+    capped = [place for place, end in ((low, e.low), (high, e.high)) if scale.low <= end <= scale.high]
     if upright:
-        d = f"M{x:.1f} {low:.1f}V{high:.1f}M{x - cap:.1f} {low:.1f}h{2 * cap:g}M{x - cap:.1f} {high:.1f}h{2 * cap:g}"
-    else:
-        d = f"M{low:.1f} {x:.1f}H{high:.1f}M{low:.1f} {x - cap:.1f}v{2 * cap:g}M{high:.1f} {x - cap:.1f}v{2 * cap:g}"
-    return leaf("path", class_="err", d=d)
+        caps = "".join(f"M{x - cap:.1f} {place:.1f}h{2 * cap:g}" for place in capped)
+        return leaf("path", class_="err", d=f"M{x:.1f} {low:.1f}V{high:.1f}{caps}")
+    caps = "".join(f"M{place:.1f} {x - cap:.1f}v{2 * cap:g}" for place in capped)
+    return leaf("path", class_="err", d=f"M{low:.1f} {x:.1f}H{high:.1f}{caps}")
 
 
 def polyline(points: Sequence[tuple[float, float] | None], style: int) -> Html:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from copra_llm.estimates import Estimate
 from copra_llm.report.markup import Html, el, joined, leaf
-from copra_llm.report.plots.axes import WIDTH, Box, Drawing, Scale, label, limits, ticks, words, x_axis
+from copra_llm.report.plots.axes import WIDTH, Box, Drawing, Scale, label, limits, room, ticks, words, x_axis
 from copra_llm.report.plots.marks import colour, error_bar, marker
 
 
@@ -56,10 +56,15 @@ class Dot:
 def dots(rows: Sequence[tuple[str, Sequence[Dot]]], title: str, *, spec: str = ".1f") -> Drawing:
     """A row a name, in it a dot a series with its interval; 0 is marked."""
     every = [dot.value for _, row in rows for dot in row]
-    low, high = limits([0.0, *(e.mean for e in every)], [end for e in every for end in (e.low, e.high)])
-    longest = max((len(words(name, 16)) for name, _ in rows), default=1)
+    # Whether an interval holds 0 is what is read here, so all of it is shown.
+    low, high = limits([0.0, *(v for e in every for v in (e.mean, e.low, e.high))])
     thick, gap = 16.0, 12.0
-    box = Box(14 + 6.8 * longest, 8, WIDTH - 88, 8 + sum(thick * len(row) + gap for _, row in rows))
+    box = Box(
+        14 + room(words(name, 16) for name, _ in rows),
+        8,
+        WIDTH - 102,
+        8 + sum(thick * len(row) + gap for _, row in rows),
+    )
     scale = Scale(low, high, box.left + 4, box.right - 4)
     zero = leaf("path", class_="mark", d=f"M{scale(0.0):.1f} {box.top}V{box.bottom:.1f}")
     parts = [x_axis(scale, box, title, ticks(low, high, 5), grid=True), zero]
@@ -78,6 +83,6 @@ def _dot(dot: Dot, name: str, scale: Scale, y: float, spec: str) -> Html:
     e = dot.value
     if not math.isfinite(e.mean):
         return beside
-    interval = error_bar(y, scale.clamped(e.low), scale.clamped(e.high), upright=False) if e.has_interval else None
+    interval = error_bar(y, e, scale, upright=False)
     mark = marker(dot.style, scale.clamped(e.mean), y, tip=f"{name}: {e:{spec}} ({dot.text})")
     return el("g", interval, mark, beside, class_=colour(dot.style))
