@@ -1,0 +1,108 @@
+"""Tables of sweeps and of many tasks, against records whose figures are known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import report_records as made
+
+from copra_llm.results import Result
+from copra_llm.summaries.mtl15 import suite_rows, suite_table
+from copra_llm.summaries.sweep import along_table, schedules_table, spread, sweep_table
+
+
+def pair(
+    task: str, method: str, rule: str, accuracy: tuple, seeds=(0, 1), variant=None, rate=0.004, steps=300
+) -> Result:
+    """A line's record with these accuracies at its ends and middle, as outcomes of 100 examples."""
+    rows = ["1" * n + "0" * (100 - n) for n in accuracy]
+    metrics = {f"test/{task}/accuracy@{a}": v for a, v in zip(("0", "0.5", "1"), accuracy, strict=True)}
+    metrics |= {f"test/{task}/loss@{a}": 1 - v / 100 for a, v in zip(("0", "0.5", "1"), accuracy, strict=True)}
+    config = {"model_name_or_path": "minilm", "task": task, "split": "test", "method": method, "merge_method": rule,
+              "seeds": list(seeds), "learning_rate": rate, "max_steps": steps, "points": 3}  # fmt: skip
+    if variant:
+        config["variant"] = variant
+    return Result("interpolation", config, metrics, data={"alpha": [0.0, 0.5, 1.0], "correct": rows})
+
+
+SUITE = [
+    pair(task, method, rule, (80, 80 - drop, 90))
+    for task, shift in (("sst2", 0), ("rte", 2))
+    for method, rule, drop in (("lora", "fusion", 10 + shift), ("lora", "mixture", 0), ("copra", "fusion", 4))
+]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("| \n").split("|")]
+
+
+def test_a_row_a_task_and_the_mean_below():
+    lines = suite_table(SUITE).splitlines()
+    assert cells(lines[0])[1:] == ["LoRA: single / fused / mixture", "CopRA: single / fused / mixture"]
+    assert [cells(line) for line in lines[2:5]] == [
+        ["rte", "85.0 / 68.0 / 80.0", "85.0 / 76.0 / –"],
+        ["sst2", "85.0 / 70.0 / 80.0", "85.0 / 76.0 / –"],
+        ["**mean of 2**", "85.0 / 69.0 / 80.0", "85.0 / 76.0 / –"],
+    ]
+    # Gains of 8 and 6 points: mean 7, and t with one degree of freedom times sqrt(2) / sqrt(2).
+    assert lines[-1].startswith("CopRA minus LoRA, mean over 2 tasks: single 0.0 [0.0, 0.0], fused 7.0 [-5.7, 19.7]")
+
+
+def test_only_one_setting_counts_and_no_variant():
+    others = [
+        pair("sst2", "lora", "fusion", (10, 10, 10), rate=0.001),
+        pair("sst2", "lora", "fusion", (10, 10, 10), steps=150),
+        pair("sst2", "copra", "fusion", (10, 10, 10), variant="cosine"),
+    ]
+    assert suite_table(SUITE + others) == suite_table(SUITE)
+    assert suite_rows(others, 0.004, 300) == {}
+
+
+def test_a_task_that_a_method_lacks_is_no_part_of_the_mean():
+    lines = suite_table([*SUITE, pair("cb", "lora", "fusion", (50, 50, 50))]).splitlines()
+    assert cells(lines[2]) == ["cb", "50.0 / 50.0 / –", "–"]
+    assert cells(lines[5])[0] == "**mean of 2**"
+
+
+def test_the_grid_has_a_column_a_rate():
+    grid = [pair("sst2", "lora", "fusion", (80, 60, 80), rate=r, steps=s) for r in (0.001, 0.002) for s in (150, 300)]
+    lines = sweep_table([*grid[:3], *SUITE[1:2]]).splitlines()
+    assert cells(lines[0])[4:] == ["lr 0.001: single, fused", "lr 0.002: single, fused"]
+    assert [cells(line)[3:] for line in lines[2:]] == [["150", "80.0, 60.0", "80.0, 60.0"], ["300", "80.0, 60.0", "–"]]
+
+
+def test_schedules_are_compared_with_lora_by_pairs_of_seeds():
+    seeds = [(0, 1), (0, 2), (1, 2)]
+    lora = [pair("sst2", "lora", "fusion", (80, 70 + i, 80), s) for i, s in enumerate(seeds)]
+    cosine = [pair("sst2", "copra", "fusion", (80, 75 + i, 80), s, variant="cosine") for i, s in enumerate(seeds)]
+    first, second = (cells(line) for line in schedules_table([*cosine, *lora]).splitlines()[2:])
+    assert first[2] == "LoRA" and first[7] == "–" and first[5] == "71.0"
+    # Five points in every pair: no spread, whatever the seeds.
+    assert second[2] == "cosine" and second[7] == "5.0 [5.0, 5.0]"
+
+
+def test_spread_is_the_deviation_over_seeds():
+    def run(values, steps=(10, 20)):
+        log = [{"step": s, "loss": v} for s, v in zip(steps, values, strict=True)]
+        return Result("train", {}, {}, data={"log": log})
+
+    assert spread([run((1.0, 2.0)), run((1.0, 2.0))], "loss") == 0.0
+    assert spread([run((1.0, 2.0)), run((3.0, 2.0))], "loss") == pytest.approx(np.std([1, 3], ddof=1) / 2 / 2)
+    assert math.isnan(spread([run((1.0, 2.0))], "loss"))
+    assert math.isnan(spread([run((1.0, 2.0)), run((1.0, 2.0), steps=(10, 30))], "loss"))
+    assert math.isnan(spread([run((1.0, 2.0)), run((1.0, 2.0))], "grad_norm"))
+
+
+def test_along_a_run_each_step_has_its_column():
+    config = {"model_name_or_path": "minilm", "task": "sst2", "method": "copra", "merge_method": "fusion"}
+    record = Result("merge_over_steps", config, {}, data={"steps": [2, 4], "single": [50.0, 80.0], "merged": [40, 75]})
+    lines = along_table([record]).splitlines()
+    assert cells(lines[0])[4:] == ["step 2: single, merged", "step 4: single, merged"]
+    assert cells(lines[2])[2:] == ["CopRA", "fusion", "50.0, 40.0", "80.0, 75.0"]
+
+
+def test_no_records_no_table():
+    other = made.lines(("lora",), ("sst2",), merge_method="mixture", points=3)
+    assert suite_table([]) == sweep_table(other) == schedules_table(other) == along_table(other) == ""
