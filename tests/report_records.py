@@ -78,7 +78,7 @@ def layerwise(methods=METHODS) -> list[Result]:
     alpha = np.linspace(0, 1, 5)
     layers = [f"encoder.layer.{i}" for i in range(LAYERS)]
     for method, (i, j) in itertools.product(methods, itertools.permutations(SEEDS, 2)):
-        depth = dip(method) / 4 * (1 + np.arange(LAYERS) / LAYERS) + 0.2 * (i - j)
+        depth = dip(method) / 4 * (1 + np.arange(LAYERS) / LAYERS) + 0.2 * (i + j - 2)
         accuracy = [(85 - 4 * d * alpha * (1 - alpha)).tolist() for d in depth]
         loss = [[2 - a / 60 for a in row] for row in accuracy]
         metrics = {}

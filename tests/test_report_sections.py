@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import report_records as made
 
-from copra_llm.bands import pair_band
 from copra_llm.estimates import Estimate, seed_estimate
 from copra_llm.report.document import Figure, Section
+from copra_llm.report.pairs import curve_estimates, finest_lines
 from copra_llm.report.sections.landscape import plane_section
 from copra_llm.report.sections.layers import barrier, layers_section
 from copra_llm.report.sections.merged import (
-    curve_estimates,
-    finest_lines,
     headline,
     lora_of,
     merged_groups,
@@ -84,11 +82,11 @@ def test_curves_hold_every_point_of_the_mean_curve():
     records = made.lines(("copra",), ("sst2",))
     section = merged_section(records)
     table = figure_of(section, "Accuracy along").table
-    middle = row_of(table, weight=0.5)
-    # The pairs share seeds, and the interval knows it.
-    values = np.array([r.data["accuracy"][5] for r in records])
-    band = pair_band(values, [tuple(r.config["seeds"]) for r in records])
-    assert parts(middle["accuracy"]) == around(Estimate(float(band.mean), float(band.low), float(band.high)))
+    first, middle, last = (row_of(table, weight=alpha) for alpha in (0.0, 0.5, 1.0))
+    assert middle["accuracy"].mean == pytest.approx(np.mean([r.data["accuracy"][5] for r in records]))
+    # An end is the mean of two single adapters, one value a seed: Student's t over seeds.
+    singles = seed_estimate([made.quality("copra", seed) for seed in made.SEEDS])
+    assert parts(first["accuracy"]) == around(singles) and parts(last["accuracy"]) == around(singles)
     assert len(table.rows) == 11
     (panel,) = figure_of(section, "Accuracy along").panels
     assert panel.title == "sst2, minilm" and f"middle {middle['accuracy']:.1f}" in panel.words
@@ -111,9 +109,9 @@ def test_one_pair_counts_once_and_its_finest_line_is_drawn():
     records = made.lines(("lora",), ("sst2",), points=3) + made.lines(("lora",), ("sst2",))[:2]
     (g,) = merged_groups(records)
     assert [len(r.data["alpha"]) for r in g.records] == [11, 11, 3]
-    alpha, values = curve_estimates(g, "accuracy")
+    alpha, values = curve_estimates(g.records, "accuracy")
     assert len(alpha) == len(values) == 11
-    assert len(finest_lines(g)) == 2
+    assert len(finest_lines(g.records)) == 2
 
 
 # --- layers, planes ---------------------------------------------------------------------------------------
@@ -136,8 +134,8 @@ def test_layer_wise_barriers():
     assert first["pairs"] == 6
     assert first["barrier"].mean == pytest.approx(made.dip("lora") / 4)
     assert last["barrier"].mean == pytest.approx(made.dip("lora") / 4 * (1 + 5 / 6))
-    # The other order of a pair has the opposite share, so the spread is that of +-0.2, +-0.4, +-0.2.
-    assert parts(first["barrier"]) == around(seed_estimate([5 + 0.2 * d for d in (1, 2, 1, -1, -2, -1)]))
+    # 0.2 (i + j - 2) is the mean of 0.4 (i - 1) and 0.4 (j - 1): one value a seed, so this is Student's t over seeds.
+    assert parts(first["barrier"]) == around(seed_estimate([5 + 0.4 * (seed - 1) for seed in made.SEEDS]))
     whole = row_of(table, method="LoRA", of="accuracy", layer="(whole adapter)")["barrier"].mean
     assert whole == pytest.approx(3 * last["barrier"].mean)
     averaging = table_of(section, "Layer-wise averaging barriers")

@@ -21,7 +21,7 @@ NAMES = {"lora": "LoRA", "copra": "CopRA", "coto": "CoTo"}
 
 REPETITION = {
     # what differs between repetitions of a run
-    "seed", "seeds", "random_seed", "adapter", "adapters", "points",
+    "seed", "seeds", "random_seed", "adapter", "adapters", "points", "estimator_seed",
     # what a run's outcome does not depend on, or what is named apart
     "output_dir", "data_root", "resume_from_checkpoint", "report_to", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "checkpoint_at", "max_nonfinite_steps", "per_device_eval_batch_size", "max_eval_samples",

@@ -10,9 +10,10 @@ from copra_llm.report.document import Section
 from copra_llm.report.groups import label_of, rank
 from copra_llm.report.page import page_html
 from copra_llm.report.records import Found, find_records
+from copra_llm.report.sections.connectivity import connectivity_table
 from copra_llm.report.sections.landscape import plane_section
 from copra_llm.report.sections.layers import layers_section
-from copra_llm.report.sections.merged import connectivity_table, merged_section
+from copra_llm.report.sections.merged import merged_section
 from copra_llm.report.sections.overview import evaluation_section, footer, other_section, overview_section, summary
 from copra_llm.report.sections.pruning import pruning_section
 from copra_llm.report.sections.runs import runs_section, step_time_section, step_time_table, training_table

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from copra_llm.bands import pair_band
 from copra_llm.report import NAMES, ORDER, drop_estimate, mean_metric
+from copra_llm.report.pairs import over_pairs
 from copra_llm.results import Result
 
 
@@ -127,10 +127,8 @@ def _difference(pairs: Sequence[Result], base: Sequence[Result]) -> str:
     shared = [r for r in pairs if tuple(r.config["seeds"]) in theirs]
     if not shared:
         return "–"
-    values = [mean_metric([r], "accuracy@0.5") - theirs[tuple(r.config["seeds"])] for r in shared]
-    band = pair_band(np.array(values), [tuple(r.config["seeds"]) for r in shared])
-    mean, low, high = float(band.mean), float(band.low), float(band.high)
-    return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    values = [[mean_metric([r], "accuracy@0.5") - theirs[tuple(r.config["seeds"])]] for r in shared]
+    return str(over_pairs(shared, values)[0])
 
 
 def _percent(value: float) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from copra_llm.estimates import Estimate, seed_estimate
+from copra_llm.estimates import Estimate
 from copra_llm.report.document import Figure, Panel, Section, keys_of
 from copra_llm.report.groups import Group, by_place, grouped, short_names, styles
+from copra_llm.report.pairs import over_pairs
 from copra_llm.report.plots.bars import Bars, upright_bars
 from copra_llm.report.tables import table
 from copra_llm.results import Result
@@ -37,8 +38,8 @@ def layers_section(results: Sequence[Result]) -> Section | None:
         blocks += [_figure(kind, method, same) for kind in KINDS if any(_values(g, "loss", kind) for g in same)]
     text = (
         "One layer at a time is interpolated towards a second adapter; all others stay the first adapter's. "
-        "Positive: the layer does not merge well by itself. Means over pairs of seeds with 95 % intervals "
-        "(Student's t); pairs share seeds, so the intervals are somewhat too narrow."
+        "Positive: the layer does not merge well by itself. Means over pairs of seeds, each in both orders, with 95 % "
+        "intervals (jackknife over seeds)."
     )
     return Section("Layer-wise barriers", text, blocks)
 
@@ -60,12 +61,14 @@ def _values(g: Group, quantity: str, kind: str) -> list[Estimate] | None:
         if None in names:
             return None
         found = [[r.metrics[_metric_name(r, f"{quantity}_{kind}/{layer}")] for layer in layers] for r in g.records]
-    return [seed_estimate(column) for column in np.array(found).T]
+    return over_pairs(g.records, found)
 
 
 def _whole(g: Group, quantity: str, kind: str) -> Estimate | None:
     names = [_metric_name(r, f"{quantity}_{kind}_whole") for r in g.records]
-    return None if None in names else seed_estimate([r.metrics[n] for r, n in zip(g.records, names, strict=True)])
+    if None in names:
+        return None
+    return over_pairs(g.records, [[r.metrics[n]] for r, n in zip(g.records, names, strict=True)])[0]
 
 
 def _metric_name(r: Result, name: str) -> str | None:

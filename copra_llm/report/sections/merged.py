@@ -1,25 +1,31 @@
 """Adapters that were merged: along the line between two, single against merged, every method against LoRA.
 
-Accuracy of the ends is the mean of both; of the merge, that at weight 1/2. Over pairs that share seeds intervals
-are somewhat too narrow.
+Accuracy of the ends is the mean of both; of the merge, that at weight 1/2.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from copra_llm.bands import curve_band
-from copra_llm.estimates import Estimate, bootstrap_pairs, exact, seed_estimate
+from copra_llm.estimates import Estimate, exact
 from copra_llm.report.document import Figure, Panel, Section, keys_of
-from copra_llm.report.groups import Group, by_place, grouped, metric, styles
+from copra_llm.report.groups import Group, by_place, grouped, styles
+from copra_llm.report.pairs import (
+    curve_estimates,
+    difference_estimate,
+    drop_estimate,
+    finest_lines,
+    loss_difference_estimate,
+    pair_metric,
+    single_metric,
+)
 from copra_llm.report.plots.lines import Line, line_plot
 from copra_llm.report.plots.points import Dot, dots
 from copra_llm.report.tables import Table, table
-from copra_llm.results import Result, unpack_bits
+from copra_llm.results import Result
 
 KEYS = ("merge_method", "merge_options", "split")
 
@@ -36,55 +42,6 @@ def merge_name(g: Group) -> str:
     return name if split == "test" else f"{name}, on {split}"
 
 
-# --- estimates --------------------------------------------------------------------------------------------
-
-
-def pair_outcomes(curves: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
-    """Outcomes of the ends (their mean) and of the middle: two float arrays `(pairs, examples)`."""
-    ends, middle = [], []
-    for curve in curves:
-        rows = np.array([unpack_bits(row) for row in curve.data["correct"]], dtype=float)
-        ends.append((rows[0] + rows[-1]) / 2)
-        middle.append(rows[int(np.argmin(abs(np.array(curve.data["alpha"]) - 0.5)))])
-    return np.array(ends), np.array(middle)
-
-
-def drop_estimate(curves: Sequence[Result]) -> Estimate:
-    """Accuracy of the ends minus the middle, in percentage points; bootstrap over pairs and examples."""
-    ends, middle = pair_outcomes(curves)
-    return bootstrap_pairs(100.0 * (ends - middle))
-
-
-def difference_estimate(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
-    """Merged accuracy of the first minus the second, on the same examples, in percentage points."""
-    a, b = pair_outcomes(first)[1], pair_outcomes(second)[1]
-    if a.shape != b.shape:
-        return exact(100.0 * (a.mean() - b.mean()))
-    return bootstrap_pairs(100.0 * (a - b))
-
-
-def loss_difference_estimate(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
-    """Merged loss of the first minus the second, in nats; Student's t over the pairs of equal seeds, if there are."""
-    by_seeds = [
-        {tuple(c.config["seeds"]): mean_metric([c], "loss@0.5") for c in curves if "seeds" in c.config}
-        for curves in (first, second)
-    ]
-    shared = sorted(by_seeds[0].keys() & by_seeds[1].keys())
-    if not shared:
-        return exact(mean_metric(first, "loss@0.5") - mean_metric(second, "loss@0.5"))
-    return seed_estimate([by_seeds[0][seeds] - by_seeds[1][seeds] for seeds in shared])
-
-
-def mean_metric(curves: Sequence[Result], name: str) -> float:
-    """Mean over pairs of `<split>/<task>/<name>`."""
-    return float(np.mean([metric(c, name) for c in curves]))
-
-
-def single_metric(curves: Sequence[Result], name: str) -> float:
-    """Mean over pairs and their two ends."""
-    return (mean_metric(curves, f"{name}@0") + mean_metric(curves, f"{name}@1")) / 2
-
-
 def lora_of(g: Group, groups: Sequence[Group]) -> Group | None:
     """LoRA under the same merge method, on the same task; None if there is none, or `g` is it.
 
@@ -97,68 +54,6 @@ def lora_of(g: Group, groups: Sequence[Group]) -> Group | None:
     return like[0] if len(like) == 1 else same[0] if same else None
 
 
-# --- the README's table -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """All pairs of one model, task and method at its tuned settings."""
-
-    model: str
-    task: str
-    method: str
-    learning_rate: float
-    steps: int
-    curves: dict[str, list[Result]]
-    """By merge method."""
-
-
-def connectivity_cells(results: Iterable[Result]) -> list[Cell]:
-    """Group interpolation records; the settings with curves are the tuned ones."""
-    cells: dict[tuple, dict[str, list[Result]]] = {}
-    for g in merged_groups(results):
-        cells.setdefault((g.model, g.task, g.name, g.learning_rate, g.steps), {})[merge_name(g)] = g.records
-    return [Cell(*key, curves=curves) for key, curves in cells.items()]
-
-
-def connectivity_table(results: Iterable[Result]) -> str:
-    """Markdown: single and merged accuracy and loss, the drop, and each method against LoRA."""
-    cells = connectivity_cells(results)
-    if not cells:
-        return ""
-    lines = [
-        "| model | task | method | lr, steps | single acc. | fused acc. | drop when fused | fused acc. minus LoRA's "
-        "| mixture acc. | single / fused / mixture loss | fused loss minus LoRA's |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for cell in cells:
-        fusion, mixture = cell.curves.get("fusion"), cell.curves.get("mixture")
-        lora = next((c for c in cells if (c.model, c.task, c.method) == (cell.model, cell.task, "LoRA")), None)
-        both = fusion or mixture
-        if both is None:
-            continue
-        against, loss_against = "–", "–"
-        if lora is not None and lora is not cell and fusion and lora.curves.get("fusion"):
-            against = str(difference_estimate(fusion, lora.curves["fusion"]))
-            loss_against = f"{loss_difference_estimate(fusion, lora.curves['fusion']):.2f}"
-        losses = [f"{mean_metric(c, 'loss@0.5'):.2f}" if c else "–" for c in (fusion, mixture)]
-        row = (
-            cell.model, cell.task, cell.method, f"{cell.learning_rate:g}, {cell.steps}",
-            f"{single_metric(both, 'accuracy'):.1f}",
-            f"{mean_metric(fusion, 'accuracy@0.5'):.1f}" if fusion else "–",
-            str(drop_estimate(fusion)) if fusion else "–",
-            against,
-            f"{mean_metric(mixture, 'accuracy@0.5'):.1f}" if mixture else "–",
-            " / ".join([f"{single_metric(both, 'loss'):.2f}", *losses]),
-            loss_against,
-        )  # fmt: skip
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
-
-
-# --- the page's section -----------------------------------------------------------------------------------
-
-
 def merged_section(results: Sequence[Result]) -> Section | None:
     groups = merged_groups(results)
     if not groups:
@@ -167,7 +62,7 @@ def merged_section(results: Sequence[Result]) -> Section | None:
     for name in dict.fromkeys(merge_name(g) for g in groups):
         same = [g for g in groups if merge_name(g) == name]
         # Three points are the ends and the middle, which the overview shows.
-        drawn = [g for g in same if len(finest_lines(g)[0].data["alpha"]) > 3]
+        drawn = [g for g in same if len(finest_lines(g.records)[0].data["alpha"]) > 3]
         blocks.append(overview_figure(name, same))
         blocks += [curves_figure(name, drawn, quantity) for quantity in ("accuracy", "loss") if drawn]
     text = (
@@ -207,7 +102,7 @@ def headline(groups: Sequence[Group]) -> list[Group]:
     """One group a name: that with the most pairs, then points, then the highest single accuracy."""
 
     def weight(g: Group) -> tuple:
-        return len(g.records), len(finest_lines(g)[0].data["alpha"]), single_metric(g.records, "accuracy")
+        return len(g.records), len(finest_lines(g.records)[0].data["alpha"]), single_metric(g.records, "accuracy")
 
     return [max((g for g in groups if g.name == name), key=weight) for name in dict.fromkeys(g.name for g in groups)]
 
@@ -220,7 +115,7 @@ def merged_table(caption: str, groups: Sequence[Group]) -> Table:
             g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(curves),
             exact(single_metric(curves, "accuracy")), _merged_accuracy(g), drop_estimate(curves),
             difference_estimate(curves, lora.records) if lora else None,
-            exact(single_metric(curves, "loss")), exact(mean_metric(curves, "loss@0.5")),
+            exact(single_metric(curves, "loss")), pair_metric(curves, "loss@0.5"),
             loss_difference_estimate(curves, lora.records) if lora else None,
         ))  # fmt: skip
     columns = [
@@ -230,9 +125,9 @@ def merged_table(caption: str, groups: Sequence[Group]) -> Table:
         ("merged loss minus LoRA's", ".2f"),
     ]  # fmt: skip
     note = (
-        "Intervals 95 %: of the merged accuracy and of losses Student's t over pairs; of the drop and of the "
-        "difference in accuracy a bootstrap over pairs and examples. Pairs share seeds, so with few seeds all are "
-        "somewhat too narrow."
+        "Intervals 95 %: of the merged accuracy and of losses the jackknife over seeds; of the drop and of the "
+        "difference in accuracy a bootstrap over pairs and examples, which, since pairs share seeds, is somewhat too "
+        "narrow where seeds are few."
     )
     return table(caption, columns, rows, 3, note)
 
@@ -245,11 +140,11 @@ def curves_figure(name: str, groups: Sequence[Group], quantity: str = "accuracy"
     for title, here in by_place(groups):
         lines, said = [], []
         for g in here:
-            alpha, values = curve_estimates(g, quantity)
+            alpha, values = curve_estimates(g.records, quantity)
             lines.append(Line(g.name, style[g.name], alpha, values))
             said.append(_curve_words(g.name, alpha, values, spec))
             rows += [
-                (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(finest_lines(g)), a, value)
+                (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(finest_lines(g.records)), a, value)
                 for a, value in zip(alpha, values, strict=True)
             ]
         drawing = line_plot(
@@ -264,31 +159,16 @@ def curves_figure(name: str, groups: Sequence[Group], quantity: str = "accuracy"
     ]  # fmt: skip
     return Figure(
         f"{quantity.capitalize()} along the line: {name}",
-        "Line: mean over the pairs of seeds. Band: 95 % interval at each point over pairs (Student's t), cut where it "
-        "would dwarf the lines.",
+        "Line: mean over the pairs of seeds, each in both directions. Band: 95 % interval at each point (jackknife "
+        "over seeds), cut where it would dwarf the lines.",
         panels,
         table(f"{quantity.capitalize()} along the line, {name}", columns, rows, 3),
         keys_of(style, [g.name for g in groups]),
     )
 
 
-def curve_estimates(g: Group, quantity: str) -> tuple[list[float], list[Estimate]]:
-    """Weights and the values over them; a loss that was not finite leaves a gap."""
-    alpha, band = curve_band(finest_lines(g), quantity)
-    values = zip(
-        band.mean, np.broadcast_to(band.low, alpha.shape), np.broadcast_to(band.high, alpha.shape), strict=True
-    )
-    return alpha.tolist(), [Estimate(*map(float, value)) for value in values]
-
-
-def finest_lines(g: Group) -> list[Result]:
-    """The lines with the most points: those on another grid have no value at theirs."""
-    most = max(len(r.data["alpha"]) for r in g.records)
-    return [r for r in g.records if len(r.data["alpha"]) == most]
-
-
 def _merged_accuracy(g: Group) -> Estimate:
-    return g.estimate(lambda r: metric(r, "accuracy@0.5"))
+    return pair_metric(g.records, "accuracy@0.5")
 
 
 def _from_to(g: Group) -> str:

@@ -9,10 +9,11 @@ import numpy as np
 
 from copra_llm.estimates import Estimate, exact, seed_estimate
 from copra_llm.report.document import Figure, Key, Panel, Section
-from copra_llm.report.groups import Group, by_place, grouped, metric, styles
+from copra_llm.report.groups import NAMES, Group, by_place, grouped, styles
+from copra_llm.report.pairs import drop_estimate, pair_metric, single_metric
 from copra_llm.report.plots.heat import heat_map
 from copra_llm.report.plots.lines import Line, line_plot
-from copra_llm.report.sections.merged import drop_estimate, merge_name, merged_groups, single_metric
+from copra_llm.report.sections.merged import merge_name, merged_groups
 from copra_llm.report.sections.runs import run_groups, seeds_of
 from copra_llm.report.tables import Table, table
 from copra_llm.results import Result
@@ -32,7 +33,7 @@ def sweep_section(results: Sequence[Result]) -> Section | None:
     lines = merged_groups(results)
     for name in dict.fromkeys(merge_name(g) for g in lines):
         same = [g for g in lines if merge_name(g) == name]
-        of_merge = _grids(same, lambda g: g.estimate(lambda r: metric(r, "accuracy@0.5")))
+        of_merge = _grids(same, lambda g: pair_metric(g.records, "accuracy@0.5"))
         if of_merge:
             figures.append(_heat_figure(f"Merged accuracy: {name}", "accuracy of merged adapters", of_merge))
     text = "Each cell is a learning rate and a number of optimizer steps: the mean over seeds, in percent."
@@ -130,9 +131,15 @@ def _flat(r: Result, which: str) -> list[float]:
 def schedules_section(results: Sequence[Result]) -> Section | None:
     """Runs that name a variant of the schedule, beside the methods that were run with the same settings."""
     runs, lines = run_groups(results), merged_groups(results)
-    places = {(g.model, g.task) for g in [*runs, *lines] if g.records[0].config.get("variant")}
-    if not places:
+    variants = [g for g in [*runs, *lines] if g.label not in NAMES.values()]
+    if not variants:
         return None
+    # The methods at the variants' own rate and steps, not every cell of a sweep.
+    settings = {(g.model, g.task, g.learning_rate, g.steps) for g in variants}
+    runs, lines = (
+        [g for g in groups if (g.model, g.task, g.learning_rate, g.steps) in settings] for groups in (runs, lines)
+    )
+    places = {setting[:2] for setting in settings}
     text = (
         "Variants of the schedule, single and merged. Spread: standard deviation over seeds of the test loss, a "
         "measure of stability. Accuracies in percent, losses in nats; intervals 95 %."
@@ -157,7 +164,7 @@ def _schedule_table(caption: str, runs: Sequence[Group], lines: Sequence[Group])
             g = of.get(name)
             merged += [
                 exact(single_metric(g.records, "accuracy")) if g else None,
-                g.estimate(lambda r: metric(r, "accuracy@0.5")) if g else None,
+                pair_metric(g.records, "accuracy@0.5") if g else None,
                 drop_estimate(g.records) if g else None,
             ]
         rows.append((
