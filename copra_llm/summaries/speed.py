@@ -1,0 +1,50 @@
+"""How much faster are the merges? Tables of the benchmark's records.
+
+Ratios are of CPU seconds in one run: the other's divided by this package's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from copra_llm.results import Result
+
+
+def merging_table(results: Iterable[Result]) -> str:
+    """Markdown: seconds and ratios of the merge at a 7B model's shapes against PEFT, then seconds of every rule."""
+    records = [r for r in results if r.protocol == "speed_merge"]
+    return "\n".join(_against_peft(r) + "\n" + _every_rule(r) for r in records)
+
+
+def _against_peft(r: Result) -> str:
+    m, config = r.metrics, r.config
+    lines = ["| merged and cut to its rank | this package | PEFT | ratio |", "|---|---|---|---|"]
+    square = f"{config['hidden']} × {config['hidden']}"
+    tall = f"{config['mlp']} × {config['hidden']}"
+    rows = [(f"one module, {square}", "square", "svd"), (f"one module, {tall}", "tall", "svd"),
+            (f"one module, {tall}, PEFT thin", "tall", "svd thin")]  # fmt: skip
+    for what, kind, label in rows:
+        ours, theirs = m[f"cpu_seconds/{kind}/truncated"], m[f"cpu_seconds/{kind}/PEFT {label}"]
+        lines.append(f"| {what} | {_seconds(ours)} | {_seconds(theirs)} | {m[f'cpu_ratio/{kind}, {label}']:.0f} |")
+    for label in ("svd", "svd thin"):
+        theirs = m[f"cpu_seconds/whole, PEFT {label}, extrapolated"]
+        what = f"all {7 * config['layers']} modules{', PEFT thin' if label == 'svd thin' else ''}"
+        ours, ratio = m["cpu_seconds/whole/truncated"], m[f"cpu_ratio/whole, {label}"]
+        lines.append(f"| {what} | {_seconds(ours)} | {_seconds(theirs)} (extrapolated) | {ratio:.0f} |")
+    ours, theirs = m["cpu_seconds/square/ties on delta"], m["cpu_seconds/square/PEFT ties_svd"]
+    ratio = m["cpu_ratio/square, ties on delta"]
+    lines.append(f"| `ties --on delta`, one module, {square} | {_seconds(ours)} | {_seconds(theirs)} | {ratio:.1f} |")
+    far = max(value for name, value in m.items() if name.startswith("distance_to_PEFT/"))
+    memory = m["peak_gib/whole, this package"]
+    note = f"Peak memory of the whole merge, adapters included: {memory:.1f} GiB. The results differ from PEFT's by at "
+    return "\n".join(lines) + f"\n\n{note}most {far:.1g} of their norm: PEFT's SVD is in float32.\n"
+
+
+def _every_rule(r: Result) -> str:
+    head = "one layer (7 modules), by rule, seconds"
+    named = [(name.removeprefix("cpu_seconds/layer/"), value) for name, value in r.metrics.items() if "/layer/" in name]
+    return f"| {head} | |\n|---|---|\n" + "".join(f"| `{name}` | {value:.2f} |\n" for name, value in named)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value < 10 else f"{value:.0f} s" if value < 3600 else f"{value / 3600:.1f} h"
