@@ -13,7 +13,7 @@ exploits in addition what the sizes have in common; it is consistent. Both draw 
 exact once all pairs are in.
 
 Standard errors: of the means, by size, with the finite-population factor 1 - m_s / N_s; for the regression the
-sandwich estimator with residuals scaled by their leverage, 1 / (1 - h) (HC3).
+sandwich estimator with residuals scaled by their leverage, 1 / (1 - h) (HC3), infinite where a leverage is 1.
 
 Source: Maleki et al. 2013 and Kolpaczki et al. 2024 (strata; SVARM); Lundberg and Lee 2017, Covert and Lee
 2021 (regression, paired); Musco and Witter 2024 (equal numbers by size: leverage scores; no replacement).
@@ -94,8 +94,10 @@ class Regression(Paired):
         inverse = np.linalg.pinv((x.T * weight) @ x, rcond=1e-10, hermitian=True)  # (n, n), of rank n - 1
         pull = (x @ inverse) * weight[:, None]  # (m, n): what a pair's g moves
         deviation = pull.T @ target
-        leverage = np.minimum((pull * x).sum(1), 1 - 1e-6)
-        residual = (target - x @ deviation) / (1 - leverage)
+        leverage = (pull * x).sum(1)
+        if ((leverage > 1 - 1e-6) & (unseen > 0)).any():  # as many effects as pairs: nothing is left to judge by
+            return even + deviation, np.full(n_players, np.inf)
+        residual = (target - x @ deviation) / np.maximum(1 - leverage, 1e-6)
         return even + deviation, np.sqrt((pull**2).T @ (residual**2 * unseen))
 
 

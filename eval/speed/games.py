@@ -42,8 +42,8 @@ class Adapter:
 MODULES, LAYERS = (2, 1) * 6, (3,) * 10
 GAMES = {
     "minilm-dbpedia-lora": Adapter("minilm/dbpedia/lora/lr0.004-steps300-seed0", "dbpedia", 56, "module", MODULES),
-    "minilm-sst2-copra": Adapter("minilm/sst2/copra/lr0.004-steps300-seed0", "sst2", 56, "module", MODULES),
-    "smollm2-sst2-lora": Adapter("smollm2/sst2/lora/lr0.002-steps75-seed0", "sst2", 32, "layer", LAYERS),
+    "minilm-sst2-copra": Adapter("minilm/sst2/copra/lr0.004-steps300-seed0", "sst2", 24, "module", MODULES),
+    "smollm2-sst2-lora": Adapter("smollm2/sst2/lora/lr0.002-steps75-seed0", "sst2", 16, "layer", LAYERS),
 }
 
 
