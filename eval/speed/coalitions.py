@@ -3,8 +3,9 @@
     python eval/speed/coalitions.py [--rounds 3] [--models minilm smollm2]
 
 Random adapters (q, k, v; rank 8) on the packaged models, examples of the packaged sample. Of minilm all 64 coalitions
-of its 6 layers; of smollm2 random coalitions of its 30 layers, and all beginnings of one random order. The plain way
-is `gates.applied(mask)` around `evaluate`. `pack` stands for that many coalitions side by side in one pass.
+of its 6 layers; of smollm2 random coalitions of its 30 layers, those of the default estimator, and all beginnings of
+one random order. The plain way is `gates.applied(mask)` around `evaluate`. `pack` stands for that many coalitions
+side by side in one pass.
 
 One thread, interleaved rounds of one process. Ratios are of CPU seconds (medians; in brackets the range over rounds),
 which are what the wall clock shows on an idle core. Blocks: runs of a transformer block for one batch, which is what
@@ -29,6 +30,7 @@ from copra_llm.errors import exit_on_input_error
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.models import add_adapter, load_base
 from copra_llm.results import Result, peak_memory_bytes, write_result
+from copra_llm.shapley import approximate
 
 HERE = Path(__file__).parent
 
@@ -52,6 +54,18 @@ def everything(n: int) -> np.ndarray:
 
 def random_ones(n: int) -> np.ndarray:
     return np.random.default_rng(0).random((32, n)) < 0.5
+
+
+def estimators_own(n: int) -> np.ndarray:
+    """What the default estimator asks for with its smallest budget."""
+    asked = []
+
+    def game(coalitions: np.ndarray) -> np.ndarray:
+        asked.append(coalitions)
+        return coalitions.sum(1).astype(float)
+
+    approximate(game, n, budget=2 * n + 4)
+    return np.vstack(asked)
 
 
 def beginnings(n: int) -> np.ndarray:
