@@ -35,7 +35,6 @@ def plot_curves(records: Sequence[Result], stem: Path) -> list[Path]:
         InputError: if matplotlib is not installed.
     """
     require_matplotlib()
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     where = list(dict.fromkeys((r.config["model_name_or_path"], r.config["task"]) for r in records))
@@ -62,10 +61,16 @@ def plot_curves(records: Sequence[Result], stem: Path) -> list[Path]:
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
+    return save_figure(figure, stem)
+
+
+def save_figure(figure, stem: Path) -> list[Path]:
+    """Write a matplotlib figure as `stem.png` and `stem.svg`; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
     figure.savefig(paths[0], dpi=130, metadata={"Software": None})
-    # A salt and no date: the same records give the same bytes.
-    with rc_context({"svg.hashsalt": "copra_llm"}):
+    with rc_context({"svg.hashsalt": "copra_llm"}):  # else its ids are random
         figure.savefig(paths[1], metadata={"Date": None})
     return paths

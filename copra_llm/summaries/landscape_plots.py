@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from copra_llm.report import COLOURS, NAMES, ORDER, require_matplotlib
+from copra_llm.report.curves import save_figure
 from copra_llm.results import Result
 from copra_llm.summaries.landscape import grouped, layer_band
 
@@ -49,7 +50,7 @@ def plot_layers(records: Sequence[Result], stem: Path) -> list[Path]:
     axes[0, 0].set_ylabel("accuracy lost at α = 0.5 [points]")
     axes[1, 0].set_ylabel("loss gained at α = 0.5 [nats]")
     _legend(figure, axes[0, 0])
-    return save(figure, stem)
+    return save_figure(figure, stem)
 
 
 def plot_planes(records: Sequence[Result], stem: Path) -> list[Path]:
@@ -86,7 +87,7 @@ def plot_planes(records: Sequence[Result], stem: Path) -> list[Path]:
                 figure.colorbar(filled, ax=axis, label=f"{quantity} [{unit}]", shrink=0.8)
             label = r.config["label"]
             axis.set_title(f"{NAMES.get(label, label)}, {r.config['task']}", fontsize=10)
-    return save(figure, stem)
+    return save_figure(figure, stem)
 
 
 def plot_similarity(records: Sequence[Result], stem: Path) -> list[Path]:
@@ -112,7 +113,7 @@ def plot_similarity(records: Sequence[Result], stem: Path) -> list[Path]:
         heat.set_yticks(range(len(names)), names, fontsize=6)
         heat.set_title(f"cosine similarity of {on}", fontsize=10)
         figure.colorbar(image, ax=heat, shrink=0.8)
-    return save(figure, stem)
+    return save_figure(figure, stem)
 
 
 def _scatter(axis, points: Sequence[dict]) -> None:
@@ -142,19 +143,6 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
         alike.setdefault("+".join(r.config["tasks"]), []).append(r)
     for task, records in alike.items():
         paths += plot_similarity(records, folder / f"similarity-{task}")
-    return paths
-
-
-def save(figure, stem: Path) -> list[Path]:
-    """Write `stem.png` and `stem.svg`."""
-    from matplotlib import rc_context
-
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
-    figure.savefig(paths[0], dpi=130, metadata={"Software": None})
-    # A salt and no date: the same records give the same bytes.
-    with rc_context({"svg.hashsalt": "copra_llm"}):
-        figure.savefig(paths[1], metadata={"Date": None})
     return paths
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from copra_llm.report import COLOURS, NAMES, ORDER, Estimate, require_matplotlib, seed_estimate
+from copra_llm.report.curves import save_figure
 from copra_llm.results import Result
 
 LAYERS = ("every-other", "low", "middle", "high")
@@ -162,7 +163,6 @@ def plot_pruning(results: Iterable[Result], stem: Path) -> list[Path]:
         InputError: if matplotlib is not installed.
     """
     require_matplotlib()
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     series = pruning_series(results)
@@ -185,13 +185,7 @@ def plot_pruning(results: Iterable[Result], stem: Path) -> list[Path]:
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
-    figure.savefig(paths[0], dpi=130, metadata={"Software": None})
-    # A salt and no date: the same records give the same bytes.
-    with rc_context({"svg.hashsalt": "copra_llm"}):
-        figure.savefig(paths[1], metadata={"Date": None})
-    return paths
+    return save_figure(figure, stem)
 
 
 def _bars(axis, series: Sequence[Series]) -> None:

@@ -6,14 +6,11 @@ The adapters are those that eval/interpolation/run.py has trained in its --work.
 goes on where it was. The table and the plot: `make tables`.
 """
 
-import argparse
-import dataclasses
-import functools
 import sys
 from pathlib import Path
 
 from copra_llm.errors import exit_on_input_error
-from copra_llm.protocols.plans import read_plans
+from copra_llm.protocols.command import add_folder, chosen_plans, protocol_parser, say
 from copra_llm.protocols.pruning import Plan, run_plan
 
 HERE = Path(__file__).parent
@@ -21,26 +18,12 @@ HERE = Path(__file__).parent
 
 @exit_on_input_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
-    parser.add_argument("--runs", type=Path, default=Path("runs/interpolation"), help="<model>/<task>/<method>/<run>/")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/pruning"), help="runs repeated for their T/4 checkpoint"
-    )
-    parser.add_argument("--models", nargs="+")
-    parser.add_argument("--tasks", nargs="+")
-    parser.add_argument("--methods", nargs="+")
-    parser.add_argument("--data_root")
-    parser.add_argument("--workers", type=int, help="processes side by side; default: one a GPU, or one a core")
+    parser = protocol_parser(__doc__, HERE)
+    add_folder(parser, "--runs", "runs/interpolation", "the trained adapters, <model>/<task>/<method>/<run>/")
+    add_folder(parser, "--work", "runs/pruning", "runs repeated for their T/4 checkpoint")
     args = parser.parse_args()
-    for model, plan in read_plans(args.plan, Plan).items():
-        if args.models is None or model in args.models:
-            tasks = [task for task in plan.tasks if args.tasks is None or task in args.tasks]
-            methods = [method for method in plan.methods if args.methods is None or method in args.methods]
-            chosen = dataclasses.replace(plan, tasks=tasks, methods=methods)
-            say = functools.partial(print, flush=True)
-            run_plan(model, chosen, args.runs, args.results, args.work, args.data_root, say, args.workers)
+    for model, plan in chosen_plans(args, Plan):
+        run_plan(model, plan, args.runs, args.results, args.work, args.data_root, say, args.workers)
 
 
 if __name__ == "__main__":
