@@ -16,7 +16,7 @@ from copra_llm.results import write_atomic
 from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
 from copra_llm.summaries.landscape_plots import draw
 from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table
-from copra_llm.summaries.speed import merging_table
+from copra_llm.summaries.speed import estimators_table, merging_table
 
 EVAL = Path(__file__).parent
 README = EVAL.parent / "README.md"
@@ -35,7 +35,7 @@ PAGES = {
         "plane": (plane_table, "landscape"),
         "similarity": (similarity_table, "landscape"),
     },
-    EVAL / "speed" / "README.md": {"merging": (merging_table, "speed")},
+    EVAL / "speed" / "README.md": {"merging": (merging_table, "speed"), "shapley": (estimators_table, "speed")},
 }
 
 

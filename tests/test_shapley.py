@@ -470,6 +470,7 @@ def test_evenness():
         (lambda: approximate(glove, 10, budget=12), "budget of 12.*quadrature with 10 players; give at least 24"),
         (lambda: approximate(glove, 4, budget=7), "give at least 12"),
         (lambda: approximate(glove, 10, budget=20, estimator="owen"), "give at least 57"),
+        (lambda: approximate(glove, 20, budget=10_001), "at most 10000, or take stratified"),
         (lambda: approximate(glove, 10, budget=99, estimator="kernel"), '"kernel", but must be one of exact, perm'),
         (lambda: approximate(glove, 10, budget=99, estimator="quadratur"), 'did you mean "quadrature"'),
         (lambda: approximate(glove, 10, budget=99, estimator=Permutation), "is no estimator"),

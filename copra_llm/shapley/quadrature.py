@@ -37,6 +37,8 @@ DECAYS = (0.25, 0.6, 1.2, 2.4, 4.2, 6.0, 8.4, 12.0)
 """Decays that are averaged over, times n: about the ratio of the third degree's variance to the first's, rooted."""
 DESIGN_DECAY = 5.0
 """Decay times n for which coalitions are chosen and `adjusted` predicts; rather rough, so good for rough games."""
+LARGEST = 10_000
+"""Most evaluations: the systems that are solved have half as many unknowns."""
 _POOL, _BLOCK = 512, 128  # candidates to choose from; choices after which the pool is filled up again
 
 
@@ -45,6 +47,7 @@ class Quadrature(Paired):
     """Bayesian quadrature on a design of least posterior variance; efficient; the default."""
 
     unbiased: ClassVar[bool] = False
+    largest: ClassVar[int] = LARGEST
 
     def rounds(self, n_players: int, seed: int, budget: int) -> Iterator[np.ndarray]:
         """One pair `(2, n)` a round."""
@@ -83,6 +86,7 @@ class Adjusted(Paired):
     """Stratified sampling of what a surrogate leaves unexplained, each draw predicted from the others; efficient."""
 
     unbiased: ClassVar[bool] = True
+    largest: ClassVar[int] = LARGEST
 
     def solve(self, ends: Ends, coalitions: np.ndarray, values: np.ndarray):
         """Values and standard errors, each `(n,)`."""

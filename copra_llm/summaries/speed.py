@@ -1,11 +1,13 @@
-"""How much faster are the merges? Tables of the benchmark's records.
+"""How much faster are the merges, how much closer the Shapley estimates? Tables of the benchmarks' records.
 
-Ratios are of CPU seconds in one run: the other's divided by this package's.
+Ratios of merges are of CPU seconds in one run: the other's divided by this package's. Ratios of estimates are of
+errors: this package's divided by the other's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import itemgetter
 
 from copra_llm.results import Result
 
@@ -14,6 +16,46 @@ def merging_table(results: Iterable[Result]) -> str:
     """Markdown: seconds and ratios of the merge at a 7B model's shapes against PEFT, then seconds of every rule."""
     records = [r for r in results if r.protocol == "speed_merge"]
     return "\n".join(_against_peft(r) + "\n" + _every_rule(r) for r in records)
+
+
+def estimators_table(results: Iterable[Result]) -> str:
+    """Markdown: errors of the default estimator and of `adjusted` against the best of shapiq's, by game and budget."""
+    head = ["game", "evaluations", "`quadrature`", "`adjusted`", "best of shapiq's four", "ratio", "ratio, equal time",
+            "best of shapiq's eight", "ratio", "calibration"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in (r for r in results if r.protocol == "speed_shapley"):
+        for game, cells in r.data["games"].items():
+            for budget in sorted({c["budget"] for c in cells}):
+                lines.append(_estimators_row(game, budget, cells, r.config))
+    return "\n".join(lines) + "\n"
+
+
+def _estimators_row(game: str, budget: int, cells: list[dict], config: dict) -> str:
+    found = {(c["estimator"], c["setting"]): c for c in cells if c["budget"] == budget}
+
+    def best(names: list[str], setting: str) -> dict:
+        return min((found[name, setting] for name in names), key=itemgetter("error"))
+
+    own, other = (found[name, "evaluations"] for name in config["ours"])
+    four, eight = (best(names, "evaluations") for names in (config["named"], config["named"] + config["further"]))
+    timed = best(config["named"], "time")
+    columns = [
+        game, f"{budget}", _percent(own), _percent(other), f"{_percent(four)}, {four['estimator']}",
+        _error_ratio(own, four), _error_ratio(own, timed), f"{_percent(eight)}, {eight['estimator']}",
+        _error_ratio(own, eight), f"{own['calibration']:.1f}, {other['calibration']:.1f}",
+    ]  # fmt: skip
+    return "| " + " | ".join(columns) + " |"
+
+
+def _percent(cell: dict) -> str:
+    return f"{cell['error']:.2g} %" if cell["error"] < 99.5 else f"{cell['error']:.0f} %"
+
+
+def _error_ratio(ours: dict, theirs: dict) -> str:
+    exact = 1e-6  # percent: rounding
+    if theirs["error"] < exact:
+        return "both exact" if ours["error"] < exact else "rival exact"
+    return f"{ours['error'] / theirs['error']:.2f}"
 
 
 def _against_peft(r: Result) -> str:

@@ -1,7 +1,6 @@
 """How large is the error of a Shapley estimate, against shapiq at the same cost?
 
-    python eval/speed/shapley.py [--repetitions 50] [--games NAME ...]    # about an hour; writes record and README
-    python eval/speed/shapley.py --check                                  # exit 1 if the README is not the record's
+    python eval/speed/shapley.py [--repetitions 50] [--games NAME ...]    # some 15 minutes of an idle core
 
 Games of 10 and 12 players whose 2^n values are known: real adapters (`games.py` made the tables in
 `results/games/`) and synthetic ones. Every estimator, ours and shapiq's, gets the same batched game with a cache,
@@ -19,24 +18,22 @@ mean square over players and repetitions, in percent of the root mean square of 
 import argparse
 import json
 import math
-import re
 import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from copra_llm.errors import exit_on_input_error
-from copra_llm.results import Result, environment, read_result, write_atomic, write_result
+from copra_llm.results import Result, environment, read_result, write_result
 from copra_llm.shapley import approximate, exact
 from copra_llm.shapley.designs import all_coalitions
 
 HERE = Path(__file__).parent
-RECORD, README = HERE / "results" / "shapley.json", HERE / "README.md"
+RECORD = HERE / "results" / "shapley.json"
 OURS = ("quadrature", "adjusted")
 NAMED = ("permutation", "owen", "kernel", "kernel, paired", "stratified")
 """The rivals that the target names; "kernel" in both of shapiq's settings."""
@@ -229,53 +226,12 @@ def compare(table: np.ndarray, pilots: dict[str, Pilot], repetitions: int) -> li
     return cells
 
 
-# --- record and table -------------------------------------------------------------------------------------
-
-
-def table_of(record: Result) -> str:
-    """Ours against the best of shapiq's, game by game."""
-    head = ["game", "evaluations", "`quadrature` error", "`adjusted` error", "best of the four", "best of all",
-            "ratio to the four", "ratio to all",
-            f"ratio to the four, equal time at {1000 * SECONDS:g} ms", "calibration"]  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for game, cells in record.data["games"].items():
-        found = {(c["estimator"], c["setting"], c["budget"]): c for c in cells}
-        for budget in sorted({c["budget"] for c in cells}):
-            own, other = (found[name, "evaluations", budget] for name in OURS)
-
-            def best(names: tuple[str, ...], setting: str, budget: int = budget, found: dict = found) -> dict:
-                return min((found[name, setting, budget] for name in names), key=itemgetter("error"))
-
-            four, every = best(NAMED, "evaluations"), best(NAMED + FURTHER, "evaluations")
-            timed = best(NAMED, "time")
-            ratios = [_ratio(own["error"], rival["error"]) for rival in (four, every, timed)]
-            row = [game, f"{budget}", f"{own['error']:.2g} %", f"{other['error']:.2g} %",
-                   f"{four['error']:.2g} % ({four['estimator']})", f"{every['error']:.2g} % ({every['estimator']})",
-                   *ratios, f"{own['calibration']:.1f}, {other['calibration']:.1f}"]  # fmt: skip
-            lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _ratio(a: float, b: float) -> str:
-    """Two errors' ratio; below a millionth of a percent both are rounding."""
-    return "both exact" if max(a, b) < 1e-6 else f"{a / b:.2f}" if b > 1e-6 else "rival exact"
-
-
-def filled(text: str, record: Result) -> str:
-    block = f"<!-- begin shapley -->\n{table_of(record)}<!-- end shapley -->"
-    return re.sub(r"<!-- begin shapley -->.*?<!-- end shapley -->", lambda _: block, text, flags=re.S)
-
-
 @exit_on_input_error
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=50)
     parser.add_argument("--games", nargs="+", help="unset: all; those in the record are not run again")
-    parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    if args.check:
-        return int(filled(text, read_result(RECORD)) != text)
     config = {"repetitions": args.repetitions, "seconds_per_evaluation": SECONDS, "shares": SHARES, "ours": OURS,
               "named": NAMED, "further": FURTHER}  # fmt: skip
     old = read_result(RECORD) if RECORD.exists() else None
@@ -292,13 +248,10 @@ def main() -> int:
         done[name] = [asdict(c) for c in compare(values, pilots[n], args.repetitions)]
         seconds += time.perf_counter() - started
         ordered = {game: done[game] for game in games if game in done}
-        record = Result("speed/shapley", config, {"games": len(done)}, seconds, data={"games": ordered},
+        record = Result("speed_shapley", config, {"games": len(done)}, seconds, data={"games": ordered},
                         environment=environment(threads=1, shapiq=version("shapiq")))  # fmt: skip
         write_result(RECORD, record)
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-    if RECORD.exists():
-        write_atomic(README, filled(text, read_result(RECORD)))
-    return 0
 
 
 if __name__ == "__main__":
