@@ -41,6 +41,8 @@ class Figure:
     panels: Sequence[Panel]
     table: Table
     keys: Sequence[Key] = ()
+    unfolded: bool = False
+    """Whether words and numbers stand open: for what readers come for."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def figure_html(figure: Figure, ending: str) -> Html:
         el("figcaption", title, el("p", figure.note)),
         legend(figure.keys),
         el("div", *panels, class_="panels" if len(panels) > 1 else "panels one"),
-        el("details", summary, *said, html_table(figure.table, f"t{ending}")),
+        el("details", summary, *said, html_table(figure.table, f"t{ending}"), open=figure.unfolded),
         aria_labelledby=f"f{ending}",
     )
 

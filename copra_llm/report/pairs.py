@@ -41,9 +41,11 @@ def pair_outcomes(curves: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
     """Outcomes of the ends (their mean) and of the middle: two float arrays `(pairs, examples)`."""
     ends, middle = [], []
     for curve in curves:
-        rows = np.array([unpack_bits(row) for row in curve.data["correct"]], dtype=float)
-        ends.append((rows[0] + rows[-1]) / 2)
-        middle.append(rows[int(np.argmin(abs(np.array(curve.data["alpha"]) - 0.5)))])
+        rows = curve.data["correct"]
+        half = int(np.argmin(abs(np.array(curve.data["alpha"]) - 0.5)))
+        first, last, between = (np.array(unpack_bits(rows[i]), dtype=float) for i in (0, -1, half))
+        ends.append((first + last) / 2)
+        middle.append(between)
     return np.array(ends), np.array(middle)
 
 

@@ -95,6 +95,7 @@ def overview_figure(name: str, groups: Sequence[Group]) -> Figure:
         panels,
         merged_table(f"Merged by {name}", groups),
         keys_of(style, [g.name for g in groups], "marker"),
+        unfolded=True,
     )
 
 

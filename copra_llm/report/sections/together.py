@@ -93,6 +93,7 @@ def _federated_figure(groups: Sequence[Group]) -> Figure:
         panels,
         table("Federated", columns, rows, 3),
         keys_of(style, [g.name for g in groups], "marker"),
+        unfolded=True,
     )
 
 
@@ -179,4 +180,5 @@ def _multitask_figure(groups: Sequence[Group]) -> Figure:
     ]  # fmt: skip
     note = "A bar a task and method; the broken line is the single adapters' accuracy."
     keys = keys_of(style, [g.name for g in groups], "bar")
-    return Figure("Normalised accuracy", note, panels, table("Several tasks in one adapter", columns, rows, 3), keys)
+    made = table("Several tasks in one adapter", columns, rows, 3)
+    return Figure("Normalised accuracy", note, panels, made, keys, unfolded=True)
