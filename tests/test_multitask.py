@@ -19,7 +19,7 @@ from copra_llm.protocols import multitask
 from copra_llm.protocols.multitask import MultiTask, normalised, run_multitask
 from copra_llm.protocols.plans import read_plans
 from copra_llm.results import Result, read_result, unpack_bits
-from copra_llm.summaries.together import multitask_table
+from copra_llm.summaries.together import multitask_details, multitask_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
@@ -156,10 +156,11 @@ def record(method: str, seed: int, share: float, rule: str = "fusion") -> Result
 def test_the_table_pairs_seeds():
     """Normalised 85 and 95 against 80 and 80: differences 5 and 15; rules that only one method has show a dash."""
     results = [record("lora", 0, 80.0), record("lora", 1, 80.0), record("copra", 1, 95.0), record("copra", 0, 85.0)]
-    lines = multitask_table([*results, record("copra", 0, 70.0, "ties")]).splitlines()
+    everything = [*results, record("copra", 0, 70.0, "ties")]
+    lines = multitask_details(everything).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     half = 12.706 * math.sqrt(50) / math.sqrt(2)
     assert rows[0][:6] == ["m", "sst2 + mnli", "fusion", "80.0 → 64.0", "80.0 → 72.0", "80.0 [80.0, 80.0]"]
     assert rows[0][6:] == [f"{mean:.1f} [{mean - half:.1f}, {mean + half:.1f}]" for mean in (90, 10)]
     assert rows[1] == ["m", "sst2 + mnli", "ties", "– → –", "80.0 → 56.0", "–", "70.0", "–"]
-    assert multitask_table([]) == ""
+    assert multitask_table([]) == "" and multitask_table(everything).splitlines() == lines[:3]

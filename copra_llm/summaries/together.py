@@ -38,6 +38,11 @@ def federated_table(results: Iterable[Result]) -> str:
 
 
 def multitask_table(results: Iterable[Result]) -> str:
+    """`multitask_details` of the paper's two rules."""
+    return multitask_details(r for r in results if r.config.get("merge_method") in ("fusion", "mixture"))
+
+
+def multitask_details(results: Iterable[Result]) -> str:
     """One row a model, group of tasks and merge rule: mean accuracy over the tasks, in percent of the single ones."""
     rows = _grouped((r for r in results if r.protocol == "multitask"), _group_of_tasks)
     if not rows:
