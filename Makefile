@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 DEMO   ?= demo
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-slow test-gpu test-browser lint wheel tables clean
+.PHONY: install demo test test-slow test-gpu test-browser test-flower lint wheel tables clean
 
 install: $(STAMP)
 
@@ -36,6 +36,12 @@ test-gpu: install
 test-browser: install
 	$(BIN)/python -m pytest -m browser
 
+# In an environment of its own: Flower needs older versions of packaging and protobuf.
+test-flower:
+	$(MAKE) install VENV=$(VENV)-flower
+	$(VENV)-flower/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,federated]"
+	$(VENV)-flower/bin/python -m pytest -m flower
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +54,4 @@ tables: install
 	$(BIN)/python eval/readme.py
 
 clean:
-	rm -rf $(VENV) dist $(DEMO) runs
+	rm -rf $(VENV) $(VENV)-flower dist $(DEMO) runs

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
+from copra_llm.adapters import AdapterWeights, LoraFactors, load_adapter_weights
 from copra_llm.batches import EncodedSplit, encode_split
 from copra_llm.classifiers import Classifier, build_classifier, make_head, read_heads
-from copra_llm.config import DataSettings, RunConfig
+from copra_llm.config import DataSettings, PartSettings, RunConfig
+from copra_llm.errors import InputError
 from copra_llm.models import Base, add_adapter, load_adapter, load_base
 from copra_llm.paths import data_root
-from copra_llm.tasks.mtl15 import SPLITS, Task, get_task, load_split
+from copra_llm.shards import shards
+from copra_llm.tasks.mtl15 import SPLITS, Example, Task, get_task, load_split
 
 AUTO_HEAD = "label_words"
 """What `--head auto` means; the README's limits say what was measured."""
@@ -38,19 +43,21 @@ def build(
         InputError: for whatever is wrong with the names, data, model or adapter.
     """
     chosen = [get_task(name) for name in tasks]
-    root = data_root(config.data.data_root, "mtl15")
-    limits = {"train": config.data.max_train_samples}
-    examples = {
-        split: {t.name: load_split(t, split, root, limits.get(split, config.data.max_eval_samples)) for t in chosen}
-        for split in splits
-    }
+    examples = {split: {task.name: load_examples(config, task, split) for task in chosen} for split in splits}
+    start = None
+    if adapter is None and config.part.init_adapter is not None:
+        start = load_adapter_weights(config.part.init_adapter)
     base = load_base(config.model)
     heads = {}
     if base.kind == "encoder":
         heads = read_heads(adapter) if adapter is not None else {}
+        if start is not None:
+            heads = {key.removesuffix(".weight"): head for key, head in start.heads.items()}
         heads |= {t.name: fixed_head(base, t, config.data) for t in chosen if t.name not in heads}
     if adapter is None:
         model = add_adapter(base, config.lora, config.train.seed_of("init"))
+        if start is not None:
+            start_from(model, start, config.lora.scaling)
     else:
         model = load_adapter(base, adapter)
     classifier = build_classifier(
@@ -67,3 +74,47 @@ def fixed_head(base: Base, task: Task, settings: DataSettings) -> Tensor:
     """An encoder's head for a task `(num_labels, hidden)`, as the settings want it; no adapter may be active."""
     kind = AUTO_HEAD if settings.head == "auto" else settings.head
     return make_head(base, task, kind, settings.head_seed)
+
+
+def load_examples(config: RunConfig, task: Task, split: str) -> list[Example]:
+    """The examples of a split that the settings leave: of the training split, this client's share."""
+    root = data_root(config.data.data_root, "mtl15")
+    if split != "train":
+        return load_split(task, split, root, config.data.max_eval_samples)
+    return _own_share(load_split(task, split, root, config.data.max_train_samples), config.part)
+
+
+def _own_share(examples: list[Example], part: PartSettings) -> list[Example]:
+    if part.num_clients == 1:
+        return examples
+    labels = [example.label for example in examples]
+    options = {"split": part.client_split, "beta": part.dirichlet_beta, "seed": part.split_seed}
+    return [examples[i] for i in shards(labels, part.num_clients, **options)[part.client]]
+
+
+def start_from(model: PeftModel, weights: AdapterWeights, scaling: float) -> None:
+    """Give a fresh adapter the weights of a saved one.
+
+    Args:
+        model: keeps its own scaling; where the saved one differs, A and B make up for it, each times
+            sqrt(saved / own), the sign into B.
+        weights: of the same ranks and targets.
+        scaling: the model's own.
+
+    Raises:
+        InputError: if ranks or targets differ.
+    """
+    factors = {}
+    for name, f in weights.factors.items():
+        ratio = f.scaling / scaling
+        root = math.sqrt(abs(ratio))
+        factors[name] = LoraFactors(root * f.lora_A, math.copysign(root, ratio) * f.lora_B, scaling)
+    tensors = replace(weights, factors=factors).state_dict()
+    own, saved = ({key: tuple(t.shape) for key, t in d.items()} for d in (get_peft_model_state_dict(model), tensors))
+    for key in sorted(own.keys() | saved.keys()):
+        if own.get(key) != saved.get(key):
+            raise InputError(
+                f"--init_adapter {weights.source} has {saved.get(key, 'nothing')} for {key}, but this run has "
+                f"{own.get(key, 'nothing')}; give both the same ranks, targets and layers"
+            )
+    set_peft_model_state_dict(model, tensors)

@@ -99,12 +99,16 @@ def resume(config: RunConfig, folder: Path, classifier, optimizer, scheduler) ->
         classifier.heads[task].data.copy_(head)
     optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER, weights_only=True))
     progress = Progress(**state)
-    with warnings.catch_warnings():
-        # The rate is brought to where it was; the steps it waits for were taken by the run that was stopped.
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        for _ in range(progress.step):
-            scheduler.step()
+    advance(scheduler, progress.step)
     return progress
+
+
+def advance(scheduler, steps: int) -> None:
+    """Bring the learning rate to where it was after `steps` more; another run has taken them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        for _ in range(steps):
+            scheduler.step()
 
 
 def claim(accelerator: Accelerator, folder: Path, config: RunConfig) -> None:
@@ -119,9 +123,11 @@ def claim(accelerator: Accelerator, folder: Path, config: RunConfig) -> None:
 
 
 def refuse_other_settings(place: Path, before: dict[str, Any], config: RunConfig) -> None:
+    # A run from before a setting existed had its default.
+    before = RunConfig().flat() | before
     for key, now in config.flat().items():
-        if key not in _FREE_ON_RESUME and before.get(key) != now:
-            raise InputError(f"{place} was trained with {key} = {before.get(key)}, but this run has {key} = {now}; "
+        if key not in _FREE_ON_RESUME and before[key] != now:
+            raise InputError(f"{place} was trained with {key} = {before[key]}, but this run has {key} = {now}; "
                              "resume with the same settings, or start anew elsewhere")  # fmt: skip
 
 

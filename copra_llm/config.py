@@ -46,6 +46,9 @@ class LoraSettings:
     lora_target_modules: list[str] = setting(
         ["qkv"], 'Module names; "qkv": the attention\'s query, key and value; "all-linear": every linear layer.'
     )
+    lora_layers_to_transform: list[int] | None = setting(
+        None, "Adapt these transformer blocks alone, by their index (in every tower); unset: all."
+    )
     use_rslora: bool = setting(False, "Rank-stabilised scaling.")
     use_dora: bool = setting(False, "Weight-decomposed LoRA (DoRA).")
 
@@ -58,6 +61,16 @@ class LoraSettings:
             raise InputError(f"--lora_dropout is {self.lora_dropout}, but must lie in [0, 1)")
         if not self.lora_target_modules:
             raise InputError("--lora_target_modules is empty; name at least one module")
+        layers = self.lora_layers_to_transform
+        if layers is not None and (not layers or min(layers) < 0):
+            raise InputError(f"--lora_layers_to_transform is {layers}, but must name at least one block, from 0 on")
+        if layers is not None and self.lora_target_modules == ["all-linear"]:
+            raise InputError("--lora_layers_to_transform needs modules by name; name them in --lora_target_modules")
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied with."""
+        return self.lora_alpha / (math.sqrt(self.lora_r) if self.use_rslora else self.lora_r)
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,48 @@ class DataSettings:
                 raise InputError(f"--{name} is {value}, but must be at least 1")
 
 
+@dataclass(frozen=True)
+class PartSettings:
+    """Which part a run is of something larger: of the training data, and of a longer run."""
+
+    num_clients: int = setting(1, "Divide the training data among this many clients of federated learning, ...")
+    client: int = setting(0, "... and train on the share of this one, counted from 0.")
+    client_split: str = setting("iid", "How the data are divided: iid, or dirichlet (each client favours some labels).")
+    dirichlet_beta: float = setting(0.5, "Concentration of the dirichlet split: small, and a client sees few labels.")
+    split_seed: int = setting(0, "Seed of the division; the same for all its clients.")
+    schedule_span: list[float] = setting(
+        [0.0, 1.0],
+        "Start and end in [0, 1] of this run within a longer one: p(t), learning rate, masks and data order go on.",
+    )
+    init_adapter: str | None = setting(
+        None, "Start from this saved adapter's weights (ranks and targets must be the same); unset: from fresh ones."
+    )
+
+    def __post_init__(self):
+        if self.num_clients < 1:
+            raise InputError(f"--num_clients is {self.num_clients}, but must be at least 1")
+        if not 0 <= self.client < self.num_clients:
+            raise InputError(f"--client is {self.client}, but --num_clients {self.num_clients} leaves 0 to "
+                             f"{self.num_clients - 1}")  # fmt: skip
+        if self.client_split not in CLIENT_SPLITS:
+            hint = nearest(self.client_split, CLIENT_SPLITS)
+            raise InputError(f'--client_split is "{self.client_split}"{hint}, but must be iid or dirichlet')
+        if not 0.0 < self.dirichlet_beta < math.inf:
+            raise InputError(f"--dirichlet_beta is {self.dirichlet_beta}, but must be positive")
+        if not 0 <= self.split_seed < 2**64:
+            raise InputError(f"--split_seed is {self.split_seed}, but must lie in [0, 2**64)")
+        if len(self.schedule_span) != 2 or not 0.0 <= self.schedule_span[0] < self.schedule_span[1] <= 1.0:
+            raise InputError(f"--schedule_span is {self.schedule_span}, but must be a start and a later end in [0, 1]")
+
+    def span_in_steps(self, steps: int) -> tuple[int, int]:
+        """`(first, whole)`: this run's `steps` are the steps `first ... first + steps - 1` of a run of `whole`."""
+        start, end = self.schedule_span
+        whole = round(steps / (end - start))
+        return round(start * whole), whole
+
+
+CLIENT_SPLITS = ("iid", "dirichlet")
+"""Ways to divide the training data among clients; `shards.py` says how."""
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
               "inverse_sqrt")  # fmt: skip
 """Those of transformers.get_scheduler that need nothing beyond the numbers of steps."""
@@ -200,6 +255,7 @@ class RunConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     data: DataSettings = field(default_factory=DataSettings)
+    part: PartSettings = field(default_factory=PartSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
 
     def flat(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import struct
 import urllib.request
 from contextlib import contextmanager
@@ -191,17 +192,29 @@ def target_modules(model: nn.Module, wanted: list[str]) -> list[str] | str:
     return wanted
 
 
+def _check_layers(model: nn.Module, layers: list[int] | None) -> None:
+    found = (re.search(r"\.(\d+)\.", name) for name, module in model.named_modules() if _adaptable(module))
+    present = {int(match[1]) for match in found if match}
+    missing = next((layer for layer in layers or () if layer not in present), None)
+    if missing is not None:
+        raise InputError(
+            f"--lora_layers_to_transform names block {missing}, but the model's go from 0 to {max(present, default=0)}"
+        )
+
+
 def _adaptable(module: nn.Module) -> bool:
     return hasattr(module, "in_features") or type(module).__name__ in ("Conv1D", "Embedding")
 
 
 def add_adapter(base: Base, settings: LoraSettings, init_seed: int) -> PeftModel:
     """Attach a fresh LoRA adapter, initialised from a seed of its own; no global generator moves."""
+    _check_layers(base.model, settings.lora_layers_to_transform)
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=target_modules(base.model, settings.lora_target_modules),
+        layers_to_transform=settings.lora_layers_to_transform,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}[base.kind],

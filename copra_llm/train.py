@@ -37,6 +37,7 @@ from copra_llm.checkpoint import (
     PREEMPTED,
     RESULT,
     Progress,
+    advance,
     claim,
     refuse_other_settings,
     resume,
@@ -123,7 +124,9 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     trained = [p for p in classifier.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     # Not prepared: Accelerate would step it once a process, but rate and p(t) count optimizer steps.
-    scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, total_steps)
+    first, whole = config.part.span_in_steps(total_steps)
+    scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, whole)
+    advance(scheduler, first)
     progress = resume(config, folder, classifier, optimizer, scheduler)
     claim(accelerator, folder, config.replace(tasks=[task.name for task in bench.tasks]))
     micro_steps = settings.gradient_accumulation_steps * accelerator.num_processes
@@ -131,8 +134,8 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
         splits,
         settings.per_device_train_batch_size,
         settings.seed_of("data"),
-        start=progress.step * micro_steps,
-        stop=total_steps * micro_steps,
+        start=(first + progress.step) * micro_steps,
+        stop=(first + total_steps) * micro_steps,
     )
     loader = train_loader(classifier, splits, stream)
     bench.classifier, optimizer, loader = classifier, optimizer, loader = accelerator.prepare(
@@ -146,9 +149,10 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     clock = time.time() - progress.seconds
     with _bar(accelerator, progress.step, total_steps) as bar, _sigterm() as asked_to_stop:
         for step in range(progress.step, total_steps):
-            p = schedule(step / total_steps)
-            mask = sample_mask(p, gates.num_layers, seed=settings.seed_of("mask"), step=step)
-            _seed_noise(settings.seed_of("data"), step, accelerator.process_index)
+            now = first + step  # of `whole`: the run may be a part of a longer one
+            p = schedule(now / whole)
+            mask = sample_mask(p, gates.num_layers, seed=settings.seed_of("mask"), step=now)
+            _seed_noise(settings.seed_of("data"), now, accelerator.process_index)
             with gates.applied(mask):
                 for _ in range(settings.gradient_accumulation_steps):
                     with accelerator.accumulate(classifier):

@@ -17,6 +17,7 @@ from copra_llm.summaries.landscape import layerwise_table, plane_table, similari
 from copra_llm.summaries.landscape_plots import draw
 from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table
 from copra_llm.summaries.speed import estimators_table, merging_table
+from copra_llm.summaries.together import federated_table, multitask_details, multitask_table
 
 EVAL = Path(__file__).parent
 README = EVAL.parent / "README.md"
@@ -25,12 +26,15 @@ TABLES = {
     "interpolation": (connectivity_table, "interpolation"),
     "pruning": (pruning_table, "pruning"),
     "layerwise": (layerwise_table, "landscape"),
+    "federated": (federated_table, "federated"),
+    "multitask": (multitask_table, "multitask"),
     "step_time": (step_time_table, "step_time"),
 }
 """README section -> (function of the records, folder of eval/ that holds them)."""
 PAGES = {
     README: TABLES,
     EVAL / "pruning" / "README.md": {"pruning_details": (pruning_details, "pruning")},
+    EVAL / "multitask" / "README.md": {"multitask_details": (multitask_details, "multitask")},
     EVAL / "landscape" / "README.md": {
         "plane": (plane_table, "landscape"),
         "similarity": (similarity_table, "landscape"),

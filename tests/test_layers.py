@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
-    ["config", "paths", "schedule", "masks", "shapley", "results", "estimates", "errors"],
+    ["config", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates", "errors"],
     ["adapters", "gates", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"],
     ["merge", "prune", "quantise", "build", "similarity"],
     ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
@@ -88,6 +88,7 @@ def test_nothing_outside_is_imported():
         ("copra_llm.schedule", ("torch", "numpy", "transformers")),
         ("copra_llm.masks", ("torch", "transformers")),
         ("copra_llm.shapley", ("torch", "transformers", "shapiq")),
+        ("copra_llm.shards", ("torch", "transformers")),
         ("copra_llm.config", ("torch", "transformers")),
         ("copra_llm.results", ("torch", "numpy")),
         ("copra_llm.report", ("torch", "matplotlib")),

@@ -12,12 +12,15 @@ Each entry becomes one frozen dataclass of the protocol, its values of their fie
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import MISSING
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from copra_llm.adapters import AdapterWeights
 from copra_llm.config import RunConfig, read_yaml, typed, typed_settings
 from copra_llm.errors import InputError, nearest
+from copra_llm.merge import check_options, merge
 from copra_llm.tasks.mtl15 import get_task
 
 P = TypeVar("P")
@@ -57,6 +60,50 @@ def check_runs(tasks: list[str], methods: list[str], settings: dict[str, Any]) -
         get_task(task)
     for method in methods:
         RunConfig().replace(**settings | {"method": method})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to merge, as a plan names it."""
+
+    name: str
+    method: str
+    """Key of `copra_llm.merge.METHODS`."""
+    options: dict[str, Any]
+
+    def __call__(self, adapters: Sequence[AdapterWeights], weights: Sequence[float] | None = None) -> AdapterWeights:
+        return merge(adapters, self.method, weights, **self.options)
+
+
+def merge_rules(entries: dict[str, Any]) -> list[Rule]:
+    """The rules of `{name: {option: value}}`; where the name is no method, an entry `method` says which one it is.
+
+    Raises:
+        InputError: for a method or an option that is unknown.
+    """
+    rules = []
+    for name, entry in entries.items():
+        if not isinstance(entry, dict | None):
+            raise InputError(f"the plan's merge rule {name} is {entry!r}, but must hold `option: value` entries")
+        options = dict(entry or {})
+        method = options.pop("method", name)
+        rules.append(Rule(name, method, check_options(method, options)))
+    return rules
+
+
+def tuned_settings(plan: Any, task: str, method: str) -> dict[str, Any]:
+    """A plan's `settings` with what its `tuned` has for one task and method: `{task: {method: {setting: value}}}`.
+
+    Raises:
+        InputError: if `tuned` is not of that form.
+    """
+    own: Any = plan.tuned
+    for key in (task, method):
+        own = own.get(key, {}) if isinstance(own, dict) else own
+    if not isinstance(own, dict):
+        raise InputError(f"the plan's tuned has {own!r} for {method} on {task}, but must hold `setting: value` entries")
+    own = typed_settings(Path("the plan's tuned"), own)
+    return plan.settings | own | {"tasks": [task], "method": method}
 
 
 def need_entries(plan: Any, *names: str) -> None:

@@ -110,6 +110,8 @@ def portable(result: Result, variant: str | None = None) -> Result:
     """A record without the folders of the machine it was made on, and with its variant's name, if it has one."""
     config = result.config | {"output_dir": None, "data_root": None}
     config["model_name_or_path"] = portable_name(config["model_name_or_path"])
+    if config.get("init_adapter"):
+        config["init_adapter"] = portable_name(config["init_adapter"])
     if variant is not None:
         config["variant"] = variant
     environment = result.environment | {"base_model": portable_name(result.environment["base_model"])}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from copra_llm.config import PartSettings
 from copra_llm.estimates import Estimate, seed_estimate
 from copra_llm.results import Result
 
@@ -21,13 +22,15 @@ NAMES = {"lora": "LoRA", "copra": "CopRA", "coto": "CoTo"}
 
 REPETITION = {
     # what differs between repetitions of a run
-    "seed", "seeds", "random_seed", "adapter", "adapters", "points", "estimator_seed",
+    "seed", "seeds", "split_seed", "random_seed", "adapter", "adapters", "points", "estimator_seed",
     # what a run's outcome does not depend on, or what is named apart
     "output_dir", "data_root", "resume_from_checkpoint", "report_to", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "checkpoint_at", "max_nonfinite_steps", "per_device_eval_batch_size", "max_eval_samples",
     "metrics", "label", "variant", "tasks", "task", "method", "model_name_or_path", "learning_rate", "max_steps",
 }  # fmt: skip
 """Settings that do not keep two records apart."""
+
+_DEFAULTS = vars(PartSettings())
 
 
 @dataclass(frozen=True)
@@ -201,8 +204,9 @@ def _sortable(value: Any) -> tuple:
 
 
 def _rest(r: Result, keys: Sequence[str]) -> tuple:
-    """What else can change the outcome: settings that are set."""
-    left = {k: v for k, v in r.config.items() if v is not None and k not in REPETITION and k not in keys}
+    """What else can change the outcome: settings that are set; a record from before a setting had its default."""
+    config = _DEFAULTS | r.config
+    left = {k: v for k, v in config.items() if v is not None and k not in REPETITION and k not in keys}
     left["joint"] = " + ".join(r.config.get("tasks", [])) if r.config.get("joint") else None
     return tuple(sorted((k, str(v)) for k, v in left.items() if v is not None and v != [] and v != {}))
 

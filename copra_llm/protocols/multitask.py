@@ -1,0 +1,181 @@
+"""How good is one adapter, merged from adapters of several tasks, on each of them?
+
+    A = merge(A_1, ..., A_n),      A_i trained on task i alone
+    normalised accuracy on task i = 100 * accuracy(A, i) / accuracy(A_i, i)      [percent]
+
+The tasks share the base model and the adapter; an encoder answers each with that task's own head, which the merged
+adapter carries along. The adapters are ordinary runs, of this protocol or of any other that keeps them in the same
+folder (`runs.py`); what has a record is not done again.
+
+Source: CopRA (arXiv 2410.22911), section 3.1 and table 1 (two tasks, fusion); the normalisation is that of KnOTS
+(arXiv 2410.19735) and others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from copra_llm.adapters import AdapterWeights, load_adapter_weights
+from copra_llm.config import RunConfig
+from copra_llm.errors import InputError
+from copra_llm.evaluate import Evaluation
+from copra_llm.evaluator import AdapterEvaluator
+from copra_llm.merge import check_weights
+from copra_llm.protocols.jobs import Job, run_jobs
+from copra_llm.protocols.plans import Rule, check_runs, merge_rules, need_entries, tuned_settings
+from copra_llm.protocols.runs import Run, Store, portable, portable_name
+from copra_llm.results import Result, pack_bits, peak_memory_bytes, write_result
+from copra_llm.train import train_adapter
+
+
+@dataclass(frozen=True)
+class MultiTask:
+    """Tasks whose adapters are merged, and how."""
+
+    model: str
+    groups: list[list[str]]
+    """Tasks that are merged with each other; the first one's adapter comes first."""
+    methods: list[str]
+    seeds: list[int]
+    """One adapter a task and seed; those of equal seeds are merged."""
+    merges: dict[str, Any]
+    """`{rule: {option: value}}`, see `merge_rules`."""
+    settings: dict[str, Any]
+    """Of the single runs, by the flags' names."""
+    tuned: dict[str, Any] = field(default_factory=dict)
+    """`{task: {method: {setting: value}}}`, over `settings`."""
+
+    def __post_init__(self):
+        need_entries(self, "groups", "methods", "seeds", "merges")
+        merge_rules(self.merges)
+        for group in self.groups:
+            if len(group) < 2:
+                raise InputError(f"the plan's groups hold {group}, but tasks can only be merged from two on; add one")
+            RunConfig().replace(tasks=group)
+            check_runs(group, self.methods, self.settings)
+            for task, method in itertools.product(group, self.methods):
+                self.config(task, method, self.seeds[0], None)
+
+    def config(self, task: str, method: str, seed: int, data_root: str | None) -> RunConfig:
+        """The settings of the run on one task alone."""
+        own = {"model_name_or_path": self.model, "seed": seed, "data_root": data_root}
+        return RunConfig().replace(**tuned_settings(self, task, method) | own)
+
+
+def run_multitask(
+    plan: MultiTask,
+    results: Path,
+    work: Path,
+    data_root: str | None,
+    say: Callable[[str], None] = print,
+    workers: int | None = None,
+) -> None:
+    """Do what is missing of a plan.
+
+    Args:
+        plan: the tasks and how they are merged.
+        results: records go to `results/<model>/<task>+<task>.../<method>/<rule>-seed<s>.json`.
+        work: the single runs, as `Store` keeps them; those that are there are not trained again.
+        data_root: of MTL15.
+        say: reports progress and the time left; picklable, as workers report too.
+        workers: processes side by side, each with a method and seed of its own; None: one a GPU, or one a core.
+    """
+    store = Store(results, work, say)
+    jobs = [
+        Job(f"{plan.model}, {method}, seed {seed}", merge_groups, (store, plan, method, seed, data_root))
+        for method, seed in itertools.product(plan.methods, plan.seeds)
+    ]
+    run_jobs(jobs, workers, say)
+
+
+def merge_groups(store: Store, plan: MultiTask, method: str, seed: int, data_root: str | None) -> None:
+    """All groups of tasks at one method and seed, by every rule that has no record."""
+    place = store.results / portable_name(plan.model)
+    records = [
+        (group, rule, place / "+".join(group) / method / f"{rule.name}-seed{seed}.json")
+        for group, rule in itertools.product(plan.groups, merge_rules(plan.merges))
+    ]
+    missing = [entry for entry in records if not entry[2].is_file()]
+    if not missing:
+        return
+    tasks = list(dict.fromkeys(task for group, _, _ in missing for task in group))
+    singles = {task: single_adapter(store, Run(plan.config(task, method, seed, data_root))) for task in tasks}
+    evaluator = AdapterEvaluator(plan.config(tasks[0], method, seed, data_root), tasks, "test")
+    alone = {task: evaluator(singles[task], task) for task in tasks}
+    for group, rule, record in missing:
+        config = plan.config(group[0], method, seed, data_root).replace(tasks=group)
+        result = merged_record(config, rule, {task: singles[task] for task in group}, alone, evaluator)
+        write_result(record, portable(result))
+        store.say(f"{record}: {result.metrics['test/mean/accuracy/normalised']:.1f} % of the single tasks' accuracy")
+
+
+def single_adapter(store: Store, run: Run) -> AdapterWeights:
+    """The adapter of a run on one task; trained if it is not there."""
+    folder = store.folder(run)
+    if not (folder / "adapter").is_dir():
+        store.say(f"{folder}: no adapter there, training one")
+        config = run.config.replace(output_dir=str(folder), resume_from_checkpoint="latest")
+        train_adapter(config, run.config.data.tasks, folder)
+    return load_adapter_weights(folder)
+
+
+def merged_record(
+    config: RunConfig,
+    rule: Rule,
+    singles: dict[str, AdapterWeights],
+    alone: dict[str, Evaluation],
+    evaluator: AdapterEvaluator,
+) -> Result:
+    """Merge adapters of several tasks and evaluate the result on each of them.
+
+    Args:
+        config: of the first task's run, kept in the record.
+        rule: merges the adapters, with its own default weights.
+        singles: the adapters by task, in the order of merging.
+        alone: how good each is on its task, by task.
+        evaluator: the model with these tasks and their split.
+    """
+    started = time.time()
+    merged = rule(list(singles.values()))
+    metrics: dict[str, float] = {}
+    correct: dict[str, str] = {}
+    for task in singles:
+        outcome, single = evaluator(merged, task), alone[task]
+        where = f"{evaluator.split}/{task}"
+        metrics |= {
+            f"{where}/accuracy/single": single.accuracy,
+            f"{where}/accuracy/merged": outcome.accuracy,
+            f"{where}/accuracy/normalised": normalised(outcome.accuracy, single.accuracy),
+            f"{where}/loss/single": single.loss,
+            f"{where}/loss/merged": outcome.loss,
+        }
+        correct[f"correct/{where}"] = pack_bits(outcome.correct)
+        correct[f"correct/{where}/single"] = pack_bits(single.correct)
+    for name in ("accuracy/single", "accuracy/merged", "accuracy/normalised"):
+        values = [metrics[f"{evaluator.split}/{task}/{name}"] for task in singles]
+        metrics[f"{evaluator.split}/mean/{name}"] = float(np.mean(values))
+    about = {
+        "merge_method": rule.method, "merge_options": rule.options, "merge_name": rule.name,
+        "weights": check_weights(rule.method, len(singles), None), "split": evaluator.split,
+    }  # fmt: skip
+    return Result(
+        protocol="multitask",
+        config=config.flat() | about,
+        metrics=metrics,
+        seconds=time.time() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+        data=correct,
+        environment=evaluator.environment(),
+    )
+
+
+def normalised(merged: float, single: float) -> float:
+    """Percent of the single task's accuracy; NaN if that is 0."""
+    return 100.0 * merged / single if single else float("nan")
