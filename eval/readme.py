@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from copra_llm.report import connectivity_table, find_results, plot_curves, step_time_table
-from copra_llm.results import write_atomic
+from copra_llm.results import Result, write_atomic
 from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
 from copra_llm.summaries.landscape_plots import draw
 from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table
@@ -46,11 +46,18 @@ PAGES = {
 def filled(text: str, tables: dict = TABLES) -> str:
     """A README with its tables made anew."""
     for name, (table, folder) in tables.items():
-        block = f"<!-- begin {name} -->\n{table(find_results([EVAL / folder / 'results']))}<!-- end {name} -->"
+        made = table(records_of(folder)) or "Not run yet.\n"
+        block = f"<!-- begin {name} -->\n{made}<!-- end {name} -->"
         text, count = re.subn(rf"<!-- begin {name} -->.*?<!-- end {name} -->", lambda _, b=block: b, text, flags=re.S)
         if count != 1:
             sys.exit(f"there are {count} places for the table {name}, but must be 1")
     return text
+
+
+def records_of(folder: str) -> list[Result]:
+    """The records of a protocol; none where it has not been run."""
+    results = EVAL / folder / "results"
+    return find_results([results]) if any(results.rglob("*.json")) else []
 
 
 def main() -> int:
@@ -64,11 +71,12 @@ def main() -> int:
     for page, text in after.items():
         write_atomic(page, text)
     for folder in ("demo", "interpolation"):
-        curves = [r for r in find_results([EVAL / folder / "results"]) if r.protocol == "interpolation"]
+        curves = [r for r in records_of(folder) if r.protocol == "interpolation"]
         fused = [r for r in curves if r.config["merge_method"] == "fusion"]
         plot_curves(fused, EVAL / folder / "curves")
-    plot_pruning(find_results([EVAL / "pruning" / "results"]), EVAL / "pruning" / "curves")
-    draw(find_results([EVAL / "landscape" / "results"]), EVAL / "landscape")
+    if pruned := records_of("pruning"):
+        plot_pruning(pruned, EVAL / "pruning" / "curves")
+    draw(records_of("landscape"), EVAL / "landscape")
     return 0
 
 
