@@ -42,6 +42,14 @@ def test_tsv_m_of_copies_is_their_mean():
     assert near(METHODS["tsv-m"]([first] * 3, [1.0] * 3), dense(first))
 
 
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"fusion", "align", "align-learned"}))
+def test_a_negative_scaling_is_a_sign(method):
+    """s B A = -s (-B) A, for the first adapter and for others."""
+    fs = [factors(seed, 3, (14, 9), scaling) for seed, scaling in enumerate((-2.0, 0.5, -0.7))]
+    positive = [dataclasses.replace(f, lora_B=-f.lora_B, scaling=-f.scaling) if f.scaling < 0 else f for f in fs]
+    assert near(METHODS[method](fs, [0.5, 0.3, 0.2]), dense(METHODS[method](positive, [0.5, 0.3, 0.2])))
+
+
 def test_knots_of_copies_trims_their_right_vectors():
     """[dW, dW, dW] has three singular values, not nine: directions without one take no part in the trimming."""
     first = factors(0, 3, (14, 9), 2.0)
