@@ -262,7 +262,7 @@ def test_hostile_names_stay_text():
 
 def test_an_element_escapes_its_text_and_attributes():
     assert el("p", "<b>", el("i", "&"), title='"x"', class_="a", hidden=True, open=False, x=1.0, y=0.125) == (
-        '<p title="&quot;x&quot;" class="a" hidden x="1" y="0.12">&lt;b&gt;<i>&amp;</i></p>'
+        '<p title="&quot;x&quot;" class="a" hidden="" x="1" y="0.12">&lt;b&gt;<i>&amp;</i></p>'
     )
     assert slug("a/../b", "Ü", 3) == "a-b-3" and slug("***") == "x"
 

@@ -35,7 +35,7 @@ def el(name: str, *children: Any, **attributes: Any) -> Html:
     Args:
         name: of the tag.
         children: `Html`, or text that is escaped; None is left out.
-        attributes: `class_` for class, `aria_label` for aria-label; None and False are left out, True is a bare name,
+        attributes: `class_` for class, `aria_label` for aria-label; None and False are left out, True is an empty one,
             a float is written with two decimals at most.
     """
     written = "".join(_attribute(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
@@ -61,5 +61,5 @@ def _attribute(name: str, value: Any) -> str:
     if value is None or value is False:
         return ""
     if value is True:
-        return f" {name}"
+        return f' {name}=""'
     return f' {name}="{escaped(number(value) if isinstance(value, float) else str(value))}"'
