@@ -22,9 +22,10 @@ $(STAMP): pyproject.toml constraints.txt requirements-models.txt
 demo: install
 	$(BIN)/python recipes/demo.py --output $(DEMO)
 
+# Side by side over the cores; a file's tests stay together, since they share what is slow to make.
 test: install
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -16,7 +16,9 @@ from copra_llm.results import Result, write_atomic
 from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
 from copra_llm.summaries.landscape_plots import draw
 from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table
+from copra_llm.summaries.shapley import shapley_table
 from copra_llm.summaries.speed import estimators_table, merging_table
+from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
 from copra_llm.summaries.together import federated_table, multitask_details, multitask_table
 
 EVAL = Path(__file__).parent
@@ -24,7 +26,7 @@ README = EVAL.parent / "README.md"
 TABLES = {
     "demo": (connectivity_table, "demo"),
     "interpolation": (connectivity_table, "interpolation"),
-    "pruning": (pruning_table, "pruning"),
+    "shapley": (shapley_table, "shapley"),
     "layerwise": (layerwise_table, "landscape"),
     "federated": (federated_table, "federated"),
     "multitask": (multitask_table, "multitask"),
@@ -33,7 +35,15 @@ TABLES = {
 """README section -> (function of the records, folder of eval/ that holds them)."""
 PAGES = {
     README: TABLES,
-    EVAL / "pruning" / "README.md": {"pruning_details": (pruning_details, "pruning")},
+    EVAL / "pruning" / "README.md": {
+        "pruning": (pruning_table, "pruning"),
+        "pruning_details": (pruning_details, "pruning"),
+    },
+    EVAL / "sweep" / "README.md": {
+        "grid": (sweep_table, "sweep"),
+        "along": (along_table, "sweep"),
+        "schedules": (schedules_table, "sweep"),
+    },
     EVAL / "multitask" / "README.md": {"multitask_details": (multitask_details, "multitask")},
     EVAL / "landscape" / "README.md": {
         "plane": (plane_table, "landscape"),
