@@ -178,7 +178,8 @@ def federated(methods=METHODS, rounds=3) -> list[Result]:
         metrics = {"test/sst2/accuracy/origin": origin, "test/sst2/accuracy/merged": merged,
                    "test/sst2/loss/origin": 0.5, "test/sst2/loss/merged": 0.7}  # fmt: skip
         settings = {"method": method, "seed": seed, "task": "sst2", "clients": 3, "split_kind": kind, "beta": beta,
-                    "rounds": rounds, "merge_method": "mixture", "merge_options": {"r": 4}}  # fmt: skip
+                    "rounds": rounds, "merge_method": "mixture", "merge_options": {"r": 4}, "case": "even",
+                    "each": []}  # fmt: skip
         made.append(record("federated", {"rounds": entries}, metrics, **settings))
     return made
 

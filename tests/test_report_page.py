@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import hashlib
 import io
 import re
@@ -232,6 +233,25 @@ def test_copies_of_a_record_count_once(tmp_path):
     found = find_records([tmp_path / "first", tmp_path / "first" / "0.json", tmp_path / "again"])
     assert (found.results, found.copies) == (records, 3)
     assert "3 files held a copy of another record and are left out." in report_page(found)
+
+
+def test_one_base_model_has_one_name(tmp_path):
+    """As the command line and a protocol name it: told apart by the hash of its weights, not by its name."""
+    records = made.runs(("lora",), ("sst2",))
+    for i, record in enumerate(records):
+        name = "minilm" if i else "sentence-transformers/all-MiniLM-L6-v2"
+        write_result(
+            tmp_path / f"{i}.json", dataclasses.replace(record, config=record.config | {"model_name_or_path": name})
+        )
+    found = find_records([tmp_path])
+    assert {r.config["model_name_or_path"] for r in found.results} == {"minilm"}
+    told = overview_section(found).text
+    assert "minilm is also called sentence-transformers/all-MiniLM-L6-v2 in some records" in told
+    other = dataclasses.replace(records[0], environment={"base_fingerprint": "another"})
+    write_result(
+        tmp_path / "3.json", dataclasses.replace(other, config=other.config | {"model_name_or_path": "its own"})
+    )
+    assert {r.config["model_name_or_path"] for r in find_records([tmp_path]).results} == {"minilm", "its own"}
 
 
 def test_the_reader_is_told_what_must_be_known():

@@ -48,7 +48,9 @@ class Found:
     """All records, and how many files were another copy of one of them."""
 
     results: list[Result]
-    copies: int
+    copies: int = 0
+    other_names: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
+    """By model: what else records of the same base weights call it."""
 
 
 def find_results(paths: Iterable[Path]) -> list[Result]:
@@ -74,7 +76,28 @@ def find_records(paths: Sequence[Path]) -> Found:
         if content not in known:
             results.append(result)
         known.add(content)
-    return Found(results, copies)
+    named, other_names = one_name_a_model(results)
+    return Found(named, copies, other_names)
+
+
+def one_name_a_model(results: Sequence[Result]) -> tuple[list[Result], dict[str, list[str]]]:
+    """Records in which a model has one name, the shortest in use; and what else it was called.
+
+    A packaged model goes by its short name or its hub id. The hash of the weights says that they are one.
+    """
+    names: dict[str, set[str]] = {}
+    for r in results:
+        if r.environment.get("base_fingerprint") and "model_name_or_path" in r.config:
+            names.setdefault(r.environment["base_fingerprint"], set()).add(str(r.config["model_name_or_path"]))
+    short = {weights: min(known, key=lambda name: (len(name), name)) for weights, known in names.items()}
+    named = [
+        dataclasses.replace(r, config=r.config | {"model_name_or_path": short[weights]})
+        if (weights := r.environment.get("base_fingerprint")) in short and "model_name_or_path" in r.config
+        else r
+        for r in results
+    ]
+    others = {short[weights]: sorted(known - {short[weights]}) for weights, known in names.items() if len(known) > 1}
+    return named, others
 
 
 def check(result: Result, path: Path) -> None:

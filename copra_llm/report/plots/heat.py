@@ -42,7 +42,7 @@ def heat_map(
     width = (box_right - box_left) / max(len(columns), 1)
     height = width if square else 34.0
     box = Box(box_left, 24, box_right, 24 + height * len(rows))
-    numbers = width >= room([f"{low:{spec}}", f"{high:{spec}}"]) + 3 and height >= 16
+    numbers = not corners and width >= room([f"{low:{spec}}", f"{high:{spec}}"]) + 3 and height >= 16
     parts: list[Html | None] = []
     for r, row in enumerate(cells):
         for c, value in enumerate(row):

@@ -9,7 +9,6 @@ import numpy as np
 
 from copra_llm.report.document import Figure, Panel, Section
 from copra_llm.report.groups import Group, grouped
-from copra_llm.report.plots.axes import tick_texts
 from copra_llm.report.plots.heat import heat_map
 from copra_llm.report.tables import table
 from copra_llm.results import Result
@@ -52,9 +51,8 @@ def _figure(quantity: str, groups: Sequence[Group]) -> Figure:
 def _panel(g: Group, r: Result, quantity: str, unit: str, spec: str, limit: tuple[float, float]) -> Panel:
     x, y = r.data["x"], r.data["y"]
     corners = [(str(c.get("label", "?")), _index(x, c["x"]), _index(y, c["y"])) for c in r.data["corners"]]
-    drawing = heat_map(
-        r.data[quantity], tick_texts(x), tick_texts(y), "x", "y", limit=limit, spec=spec, square=True, corners=corners
-    )
+    columns, names = ([f"{v:.3g}" for v in axis] for axis in (x, y))
+    drawing = heat_map(r.data[quantity], columns, names, "x", "y", limit=limit, spec=spec, square=True, corners=corners)
     values = np.array(r.data[quantity], dtype=float)
     at = [f"{name} {_nearest(values, cx, cy):{spec}}" for name, cx, cy in corners]
     middle = _nearest(values, *np.mean([place for _, *place in corners], 0))

@@ -47,10 +47,11 @@ def other_section(results: Sequence[Result]) -> Section | None:
     counts = {p: sum(r.protocol == p for r in others) for p in sorted({r.protocol for r in others})}
     named = ", ".join(f"{p} ({n})" for p, n in counts.items())
     rows = [
-        (r.protocol, model_of(r), ", ".join(tasks_of(r)), label_of(r), _seed(r), name, value)
+        (r.protocol, model_of(r) if _has_model(r) else "", ", ".join(tasks_of(r)),
+         label_of(r) if "method" in r.config else "", _seed(r), name, value)
         for r in sorted(others, key=lambda r: (r.protocol, model_of(r), r.created))
         for name, value in (r.metrics or {"(no metric)": None}).items()
-    ]
+    ]  # fmt: skip
     columns = [("protocol",), ("model",), ("task",), ("method",), ("seed",), ("metric",), ("value", ".4g")]
     text = f"This page has no section for records of the protocol {named}. These are the numbers they hold."
     return Section("Other records", text, [table("Metrics of other records", columns, rows, 2)])
@@ -127,6 +128,8 @@ def _remarks(found: Found) -> list[str]:
     said = []
     if found.copies:
         said.append(f"{_count(found.copies, 'file')} held a copy of another record and {_is(found.copies)} left out.")
+    for name, others in found.other_names.items():
+        said.append(f"{name} is also called {_listed(others, 4)} in some records: the weights are the same.")
     bases = defaultdict(set)
     for r in results:
         if r.environment.get("base_fingerprint"):

@@ -15,8 +15,8 @@ from copra_llm.report.plots.points import Dot, dots
 from copra_llm.report.tables import Table, table
 from copra_llm.results import Result
 
-FEDERATED = ("merge_method", "merge_options", "clients", "split_kind", "beta", "rounds")
-MULTITASK = ("merge_method", "merge_options")
+MERGED_BY = ("merge_name", "merge_method", "merge_options")
+FEDERATED = (*MERGED_BY, "case", "clients", "split_kind", "beta", "rounds")
 
 
 def federated_section(results: Sequence[Result]) -> Section | None:
@@ -34,12 +34,18 @@ def federated_section(results: Sequence[Result]) -> Section | None:
     return Section("Federated", text, blocks)
 
 
+def _merged_by(g: Group) -> str:
+    """The rule's own name, or its method with its options."""
+    name, method, options = g.values[:3]
+    return str(name) if name else f"{method} ({options})" if options else str(method)
+
+
 def _setting(g: Group) -> str:
     """How the data is split and merged, in short."""
-    method, options, clients, kind, beta, rounds = g.values
+    case, clients, kind, beta, rounds = g.values[3:]
     split = f"Dirichlet {beta:g}" if kind == "dirichlet" and beta is not None else "IID" if kind == "iid" else str(kind)
-    merge = f"{method} ({options})" if options else str(method)
-    return f"{merge}, {clients} clients, {split}" + (f", {rounds} rounds" if (rounds or 1) > 1 else "")
+    named = f"{case}: " if case else ""
+    return f"{named}{_merged_by(g)}, {clients} clients, {split}" + (f", {rounds} rounds" if (rounds or 1) > 1 else "")
 
 
 def _at_end(r: Result, which: str, name: str) -> float:
@@ -79,12 +85,14 @@ def _federated_figure(groups: Sequence[Group]) -> Figure:
             for which in ("origin", "merged")
             for name in ("accuracy", "loss")
         }
-        rows.append((g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, *g.values, len(g.records),
-                     both["origin", "accuracy"], both["merged", "accuracy"], _drop(g), both["origin", "loss"],
-                     both["merged", "loss"]))  # fmt: skip
+        rows.append((
+            g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, g.values[0] or g.values[1], *g.values[2:],
+            len(g.records), both["origin", "accuracy"], both["merged", "accuracy"], _drop(g),
+            both["origin", "loss"], both["merged", "loss"],
+        ))  # fmt: skip
     columns = [
         ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",), ("merged by",),
-        ("merge options",), ("clients", "d"), ("split",), ("beta", "g"), ("rounds", "d"), ("runs", "d"),
+        ("merge options",), ("case",), ("clients", "d"), ("split",), ("beta", "g"), ("rounds", "d"), ("runs", "d"),
         ("origin acc.", ".1f"), ("merged acc.", ".1f"), ("drop", ".1f"), ("origin loss", ".2f"), ("merged loss", ".2f"),
     ]  # fmt: skip
     return Figure(
@@ -135,7 +143,7 @@ def _by_setting(groups: Sequence[Group]) -> dict[str, list[Group]]:
 
 def multitask_section(results: Sequence[Result]) -> Section | None:
     groups = grouped(
-        (r for r in results if r.protocol == "multitask"), MULTITASK, tasks=lambda r: [" + ".join(r.config["tasks"])]
+        (r for r in results if r.protocol == "multitask"), MERGED_BY, tasks=lambda r: [" + ".join(r.config["tasks"])]
     )
     if not groups:
         return None
@@ -147,7 +155,7 @@ def multitask_section(results: Sequence[Result]) -> Section | None:
 
 
 def _accuracy(g: Group, task: str, which: str) -> Estimate | None:
-    key = f"test/{task}/accuracy/{which}"
+    key = f"{g.records[0].config.get('split', 'test')}/{task}/accuracy/{which}"
     values = [r.metrics[key] for r in g.records if key in r.metrics]
     return seed_estimate(values) if len(values) == len(g.records) else None
 
@@ -155,9 +163,8 @@ def _accuracy(g: Group, task: str, which: str) -> Estimate | None:
 def _multitask_figure(groups: Sequence[Group]) -> Figure:
     style = styles(g.name for g in groups)
     panels, rows = [], []
-    for method in dict.fromkeys(g.values for g in groups):
-        merge = f"{method[0]} ({method[1]})" if method[1] else str(method[0])
-        for place, here in by_place(g for g in groups if g.values == method):
+    for rule in dict.fromkeys(map(_merged_by, groups)):
+        for place, here in by_place(g for g in groups if _merged_by(g) == rule):
             tasks = [*here[0].records[0].config["tasks"], "mean"]
             series = [Bars(g.name, style[g.name], [_accuracy(g, t, "normalised") for t in tasks]) for g in here]
             top = max([100.0, *(v.mean for s in series for v in s.values if v is not None)])
@@ -167,10 +174,10 @@ def _multitask_figure(groups: Sequence[Group]) -> Figure:
             ]
             words = f"Merged accuracy in percent of the single adapters'. {'; '.join(said)}."
             drawing = lying_bars(series, tasks, "normalised accuracy [%]", limit=(0.0, top), reference=100.0)
-            panels.append(Panel(f"{merge}: {place}", words, drawing))
+            panels.append(Panel(f"{rule}: {place}", words, drawing))
             rows += [
-                (g.model, t, g.label, g.learning_rate, g.steps, g.settings, *method, g.task, len(g.records),
-                 *(_accuracy(g, t, which) for which in ("single", "merged", "normalised")))
+                (g.model, t, g.label, g.learning_rate, g.steps, g.settings, g.values[0] or g.values[1], g.values[2],
+                 g.task, len(g.records), *(_accuracy(g, t, which) for which in ("single", "merged", "normalised")))
                 for g in here for t in tasks
             ]  # fmt: skip
     columns = [
