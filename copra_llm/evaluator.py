@@ -38,6 +38,7 @@ class AdapterEvaluator:
         self.accelerator = Accelerator()
         self._bench: Workbench | None = None
         self._attached: dict | None = None
+        self._weights: AdapterWeights | None = None
 
     @property
     def bench(self) -> Workbench:
@@ -58,6 +59,9 @@ class AdapterEvaluator:
 
     def attach(self, weights: AdapterWeights) -> None:
         """Make `weights` the model's adapter, with the heads that belong to it."""
+        if weights is self._weights:
+            return
+        self._weights = None
         shapes = {name: (f.lora_A.shape, f.lora_B.shape, f.scaling) for name, f in weights.factors.items()}
         shapes |= {name: tensor.shape for name, tensor in weights.extras.items()}
         if shapes == self._attached:
@@ -75,6 +79,7 @@ class AdapterEvaluator:
             self._bench.classifier.to(self.accelerator.device)
             self._attached = shapes
         self._set_heads(weights)
+        self._weights = weights
 
     @property
     def batch_size(self) -> int:
