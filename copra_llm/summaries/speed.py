@@ -55,7 +55,7 @@ def _error_ratio(ours: dict, theirs: dict) -> str:
     exact = 1e-6  # percent: rounding
     if theirs["error"] < exact:
         return "both exact" if ours["error"] < exact else "rival exact"
-    return f"{ours['error'] / theirs['error']:.2f}"
+    return f"{ours['error'] / theirs['error']:.2g}"
 
 
 def _against_peft(r: Result) -> str:
