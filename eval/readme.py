@@ -16,8 +16,8 @@ from copra_llm.results import Result, write_atomic
 from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
 from copra_llm.summaries.landscape_plots import draw
 from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table
-from copra_llm.summaries.shapley import shapley_table
-from copra_llm.summaries.speed import estimators_table, merging_table
+from copra_llm.summaries.shapley import shapley_details, shapley_table
+from copra_llm.summaries.speed import coalitions_table, estimators_table, merging_table
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
 from copra_llm.summaries.together import federated_table, multitask_details, multitask_table
 
@@ -49,7 +49,12 @@ PAGES = {
         "plane": (plane_table, "landscape"),
         "similarity": (similarity_table, "landscape"),
     },
-    EVAL / "speed" / "README.md": {"merging": (merging_table, "speed"), "shapley": (estimators_table, "speed")},
+    EVAL / "shapley" / "README.md": {"shapley_details": (shapley_details, "shapley")},
+    EVAL / "speed" / "README.md": {
+        "merging": (merging_table, "speed"),
+        "shapley": (estimators_table, "speed"),
+        "coalitions": (coalitions_table, "speed"),
+    },
 }
 
 

@@ -141,3 +141,8 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def distinct_prefixes(masks: np.ndarray) -> int:
+    """Different beginnings, of every length, of the rows of `masks (n, gates)`."""
+    return sum(len({row[: i + 1].tobytes() for row in masks}) for i in range(masks.shape[1]))

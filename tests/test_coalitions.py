@@ -1,4 +1,4 @@
-"""Coalitions of layers: `copra_llm.coalitions`, `copra_llm.prefixes` and `copra_llm.ledger`."""
+"""Coalitions of layers: `copra_llm.coalitions` on `copra_llm.prefixes`, and `copra_llm.ledger`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from examples import tiny_adapter
+from examples import distinct_prefixes, tiny_adapter
 from torch import nn
 
 from copra_llm.adapters import load_adapter_weights
@@ -21,7 +21,6 @@ from copra_llm.evaluate import evaluate
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.ledger import Ledger, RecordedGame, identity
 from copra_llm.models import add_adapter, load_base
-from copra_llm.prefixes import Block, prefix_ids, trie_order
 
 EXAMPLES, BATCH = 5, 2
 BATCHES = 3
@@ -61,39 +60,6 @@ def random_coalitions(n: int, n_players: int, seed: int = 0) -> np.ndarray:
     coalitions = np.random.default_rng(seed).random((n, n_players)) < 0.5
     coalitions[1], coalitions[2], coalitions[-1] = False, True, coalitions[0]
     return coalitions
-
-
-def distinct_prefixes(masks: np.ndarray) -> int:
-    """By definition: different beginnings of every length."""
-    return sum(len({row[: i + 1].tobytes() for row in masks}) for i in range(masks.shape[1]))
-
-
-# --- the trie ---------------------------------------------------------------------------------------------
-
-
-def blocks_of(*gates: list[int]) -> list[Block]:
-    return [Block(str(i), nn.Identity(), inside) for i, inside in enumerate(gates)]
-
-
-@pytest.mark.parametrize("n, width", [(1, 1), (1, 5), (2, 3), (40, 6), (40, 1), (200, 8)])
-def test_prefix_ids_count_the_distinct_prefixes(n, width):
-    masks = np.random.default_rng(n).random((n, width)) < 0.5
-    blocks = blocks_of(*([i] for i in range(width)))
-    ids = prefix_ids(masks[trie_order(masks, blocks)], blocks)
-    assert sum(len(set(row)) for row in ids) == distinct_prefixes(masks)
-    assert (np.diff(ids, axis=1) >= 0).all()
-
-
-def test_ids_are_equal_where_all_gates_so_far_are():
-    """Blocks with several gates, run in an order that is not that of the mask."""
-    blocks = blocks_of([2, 3], [0], [1, 4])
-    masks = np.random.default_rng(0).random((50, 5)) < 0.5
-    masks = masks[trie_order(masks, blocks)]
-    ids = prefix_ids(masks, blocks)
-    for place, columns in enumerate(([2, 3], [2, 3, 0], [2, 3, 0, 1, 4])):
-        for i in range(50):
-            alike = (masks[:, columns] == masks[i, columns]).all(1)
-            assert ((ids[place] == ids[place, i]) == alike).all()
 
 
 # --- values -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from copra_llm.errors import InputError
 from copra_llm.protocols.layer_values import Plan, run_plan, seeds_of
 from copra_llm.protocols.plans import read_plans
 from copra_llm.results import Result, read_result, write_result
-from copra_llm.summaries.shapley import shapley_table, thirds
+from copra_llm.summaries.shapley import shapley_details, shapley_table, thirds
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -282,10 +282,14 @@ def test_differences_are_paired_by_task_and_seed():
 def test_rows_over_all_tasks_come_last():
     records = [record(method, 0, share, task) for task in ("sst2", "agnews")
                for method, share in (("copra", 0.4), ("lora", 0.5))]  # fmt: skip
-    rows = [cells(row)[1:4] for row in shapley_table(records).splitlines()[2:]]
+    rows = [cells(row)[1:4] for row in shapley_details(records).splitlines()[2:]]
     assert rows == [["agnews", "LoRA", "1"], ["agnews", "CopRA", "1"], ["sst2", "LoRA", "1"], ["sst2", "CopRA", "1"],
                     ["all", "LoRA", "2"], ["all", "CopRA", "2"]]  # fmt: skip
-    assert shapley_table([]) == ""
+    one_task = record("lora", 0, 0.5)
+    one_task.config["model_name_or_path"] = "n"
+    brief = [cells(row)[:4] for row in shapley_table([*records, one_task]).splitlines()[2:]]
+    assert brief == [["m", "all", "LoRA", "2"], ["m", "all", "CopRA", "2"], ["n", "sst2", "LoRA", "1"]]
+    assert shapley_table([]) == shapley_details([]) == ""
 
 
 def test_thirds_of_any_number_of_players():

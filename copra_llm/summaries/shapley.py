@@ -17,14 +17,26 @@ from copra_llm.results import Result
 
 EVERY = "all"
 """Stands for the task in the rows over all of them."""
+Groups = dict[tuple[str, str, str], dict[str, list[Result]]]
+"""Records by (model, task, method) and metric."""
 
 
 def shapley_table(results: Iterable[Result]) -> str:
+    """Markdown: a row a model and method, over all tasks of the model. Columns as in `shapley_details`."""
+    groups = _groups(results)
+    several = {model for model, task, _ in groups if task == EVERY}
+    return _table(groups, lambda model, task: task == EVERY or model not in several)
+
+
+def shapley_details(results: Iterable[Result]) -> str:
     """Markdown: a row a model, task and method, and one a method over all tasks of a model.
 
     Differences to LoRA are paired: same task and seed.
     """
-    groups = _groups(results)
+    return _table(_groups(results), lambda model, task: True)
+
+
+def _table(groups: Groups, shown: Callable[[str, str], bool]) -> str:
     if not groups:
         return ""
     lines = [
@@ -33,6 +45,8 @@ def shapley_table(results: Iterable[Result]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (model, task, method), by_metric in groups.items():
+        if not shown(model, task):
+            continue
         loss, accuracy = by_metric.get("loss", []), by_metric.get("accuracy", [])
         base = groups.get((model, task, "lora"), {}).get("loss", []) if method != "lora" else []
         row = (
@@ -62,8 +76,8 @@ def evenness(r: Result, name: str) -> float:
     return r.metrics[f"{r.config['split']}/{r.config['task']}/{name}"]
 
 
-def _groups(results: Iterable[Result]) -> dict[tuple[str, str, str], dict[str, list[Result]]]:
-    """Records by (model, task, method) and metric; `EVERY` joins the tasks of a model with several."""
+def _groups(results: Iterable[Result]) -> Groups:
+    """The records in the order of the rows; `EVERY` joins the tasks of a model with several."""
     found: dict[tuple, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for r in (r for r in results if r.protocol == "shapley" and r.config["granularity"] == "layer"):
         found[r.config["model_name_or_path"], r.config["task"], r.config["method"]][r.config["metric"]].append(r)

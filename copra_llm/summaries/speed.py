@@ -1,7 +1,7 @@
-"""How much faster are the merges, how much closer the Shapley estimates? Tables of the benchmarks' records.
+"""How much faster are merges and coalitions, how much closer the Shapley estimates? Tables of the benchmarks' records.
 
-Ratios of merges are of CPU seconds in one run: the other's divided by this package's. Ratios of estimates are of
-errors: this package's divided by the other's.
+Ratios of merges and coalitions are of CPU seconds in one run: the other's divided by this package's. Ratios of
+estimates are of errors: this package's divided by the other's.
 """
 
 from __future__ import annotations
@@ -28,6 +28,26 @@ def estimators_table(results: Iterable[Result]) -> str:
             for budget in sorted({c["budget"] for c in cells}):
                 lines.append(_estimators_row(game, budget, cells, r.config))
     return "\n".join(lines) + "\n"
+
+
+def coalitions_table(results: Iterable[Result]) -> str:
+    """Markdown: what coalitions cost that share hidden states, against one evaluation each."""
+    lines = ["| model | coalitions | way | plain / this, CPU seconds | blocks: plain / this | values differ by |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    records = [r for r in results if r.protocol == "speed_coalitions"]
+    for r in records:
+        for key, ratio in ((k, v) for k, v in r.metrics.items() if k.startswith("ratio/")):
+            name = key.removeprefix("ratio/")
+            model, coalitions, way = name.split("/")
+            low, high, apart = (
+                r.metrics[f"{what}/{name}"] for what in ("ratio_min", "ratio_max", "largest_difference")
+            )
+            blocks = r.metrics[f"blocks/{model}/{coalitions}/plain"] / r.metrics[f"blocks/{name}"]
+            said = f"at most {apart:.0e} nats" if apart else "nothing"
+            lines.append(
+                f"| {model} | {coalitions} | {way} | {ratio:.2f} [{low:.2f}, {high:.2f}] | {blocks:.2f} | {said} |"
+            )
+    return "\n".join(lines) + "\n" if records else ""
 
 
 def _estimators_row(game: str, budget: int, cells: list[dict], config: dict) -> str:

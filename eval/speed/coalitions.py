@@ -166,7 +166,7 @@ def main() -> None:
     settings = {m: {k: v for k, v in vars(SETTINGS[m]).items() if k != "coalitions"} for m in args.models}
     config = {"models": args.models, "rounds": args.rounds, **settings}
     record = Result(
-        protocol="speed", config=config, metrics=metrics, seconds=time.time() - started,
+        protocol="speed_coalitions", config=config, metrics=metrics, seconds=time.time() - started,
         peak_memory_bytes=peak_memory_bytes(), data={"cpu_seconds": seconds}, environment=evaluator.environment(),
     )  # fmt: skip
     write_result(args.output, record)
