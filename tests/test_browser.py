@@ -110,8 +110,8 @@ def test_hostile_names_run_nothing(show):
 def test_it_is_read_without_scripts(show):
     page = show("all", java_script_enabled=False)
     assert page.locator("svg.plot").count() > 30 and page.locator("h1").inner_text()
-    details = page.locator("figure details").nth(1)  # the first one stands open
-    assert page.locator("figure details table").first.is_visible()
+    details = page.locator("figure details").nth(1)
+    assert page.locator("figure table").first.is_visible()
     table = details.locator("table")
     assert not table.is_visible()
     details.locator("summary").click()
