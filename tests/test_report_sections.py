@@ -214,7 +214,7 @@ def test_federated_runs():
     assert (row["clients"], row["rounds"], row["runs"], row["merge options"]) == (3, 3, 3, "r 4")
     assert row_of(table, method="LoRA", split="dirichlet")["beta"] == 0.5
     rounds = section.tables[1]
-    first = row_of(rounds, method="CopRA", round=1, setting="even: mixture (r 4), 3 clients, IID, 3 rounds")
+    first = row_of(rounds, method="CopRA", round=1, setting="mixture (r 4), even: 3 clients, IID, 3 rounds")
     assert first["merged acc."].mean == pytest.approx(made.quality("copra", 1) - 12 - made.dip("copra"))
     assert [b.title for b in federated_section(made.federated(rounds=1)).blocks] == ["What merging the clients costs"]
 

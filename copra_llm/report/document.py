@@ -42,7 +42,7 @@ class Figure:
     table: Table
     keys: Sequence[Key] = ()
     unfolded: bool = False
-    """Whether words and numbers stand open: for what readers come for."""
+    """Whether the numbers stand open: what readers come for."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,16 @@ def figure_html(figure: Figure, ending: str) -> Html:
         el("p", el("strong", f"{panel.title}: "), panel.words, id=f"f{ending}d{i}")
         for i, panel in enumerate(figure.panels)
     ]
-    summary = el("summary", "In words and numbers", el("span", f": {figure.title}", class_="hidden"))
+    what = "In words" if figure.unfolded else "In words and numbers"
+    summary = el("summary", what, el("span", f": {figure.title}", class_="hidden"))
+    numbers = html_table(figure.table, f"t{ending}")
     return el(
         "figure",
         el("figcaption", title, el("p", figure.note)),
         legend(figure.keys),
         el("div", *panels, class_="panels" if len(panels) > 1 else "panels one"),
-        el("details", summary, *said, html_table(figure.table, f"t{ending}"), open=figure.unfolded),
+        numbers if figure.unfolded else None,
+        el("details", summary, *said, None if figure.unfolded else numbers),
         aria_labelledby=f"f{ending}",
     )
 

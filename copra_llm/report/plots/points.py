@@ -56,8 +56,7 @@ class Dot:
 def dots(rows: Sequence[tuple[str, Sequence[Dot]]], title: str, *, spec: str = ".1f") -> Drawing:
     """A row a name, in it a dot a series with its interval; 0 is marked."""
     every = [dot.value for _, row in rows for dot in row]
-    # Whether an interval holds 0 is what is read here, so all of it is shown.
-    low, high = limits([0.0, *(v for e in every for v in (e.mean, e.low, e.high))])
+    low, high = limits([0.0, *(e.mean for e in every)], [end for e in every for end in (e.low, e.high)])
     thick, gap = 16.0, 12.0
     box = Box(
         14 + room(words(name, 16) for name, _ in rows),

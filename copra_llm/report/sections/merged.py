@@ -90,8 +90,8 @@ def overview_figure(name: str, groups: Sequence[Group]) -> Figure:
     return Figure(
         f"What merging costs: {name}",
         "Accuracy of single adapters minus that of the merged one, with its 95 % interval (bootstrap over pairs and "
-        "examples); right of the broken line merging costs, left of it it gains. Beside: single → merged."
-        + (choice if several else ""),
+        "examples); right of the broken line merging costs, left of it it gains. An interval without caps goes on "
+        "beyond the frame. Beside: single → merged." + (choice if several else ""),
         panels,
         merged_table(f"Merged by {name}", groups),
         keys_of(style, [g.name for g in groups], "marker"),

@@ -40,12 +40,12 @@ def _merged_by(g: Group) -> str:
     return str(name) if name else f"{method} ({options})" if options else str(method)
 
 
-def _setting(g: Group) -> str:
-    """How the data is split and merged, in short."""
+def _division(g: Group) -> str:
+    """How the data is divided, in short."""
     case, clients, kind, beta, rounds = g.values[3:]
     split = f"Dirichlet {beta:g}" if kind == "dirichlet" and beta is not None else "IID" if kind == "iid" else str(kind)
     named = f"{case}: " if case else ""
-    return f"{named}{_merged_by(g)}, {clients} clients, {split}" + (f", {rounds} rounds" if (rounds or 1) > 1 else "")
+    return f"{named}{clients} clients, {split}" + (f", {rounds} rounds" if (rounds or 1) > 1 else "")
 
 
 def _at_end(r: Result, which: str, name: str) -> float:
@@ -71,14 +71,13 @@ def _from_to(g: Group) -> str:
 def _federated_figure(groups: Sequence[Group]) -> Figure:
     style = styles(g.name for g in groups)
     panels, rows = [], []
-    for title, here in _by_setting(groups).items():
-        drawn, said = [], []
-        for _, same in by_place(here):
-            row = [Dot(g.name, style[g.name], _drop(g), _from_to(g)) for g in same]
-            drawn.append((same[0].task if len({g.model for g in groups}) == 1 else same[0].place, row))
-            said += [f"{same[0].place}: {dot.name} {dot.value:.1f} ({dot.text})" for dot in row]
+    for (division, place), rules in _by_rule(groups).items():
+        drawn = [
+            (rule, [Dot(g.name, style[g.name], _drop(g), _from_to(g)) for g in here]) for rule, here in rules.items()
+        ]
+        said = [f"{rule}: {dot.name} {dot.value:.1f} ({dot.text})" for rule, row in drawn for dot in row]
         words = f"Percentage points of accuracy lost by merging (origin → merged accuracy). {'; '.join(said)}."
-        panels.append(Panel(title, words, dots(drawn, "accuracy lost [points]")))
+        panels.append(Panel(f"{place}: {division}", words, dots(drawn, "accuracy lost [points]")))
     for g in groups:
         both = {
             (which, name): g.estimate(lambda r, w=which, n=name: _at_end(r, w, n))
@@ -97,7 +96,9 @@ def _federated_figure(groups: Sequence[Group]) -> Figure:
     ]  # fmt: skip
     return Figure(
         "What merging the clients costs",
-        "Accuracy of the clients' own adapters minus that of the merged one, last round. Beside: origin → merged.",
+        "Accuracy of the clients' own adapters minus that of the merged one, last round; right of the broken line "
+        "merging costs, left of it it gains. An interval without caps goes on beyond the frame. Beside: origin → "
+        "merged.",
         panels,
         table("Federated", columns, rows, 3),
         keys_of(style, [g.name for g in groups], "marker"),
@@ -109,8 +110,9 @@ def _rounds_figure(groups: Sequence[Group]) -> Figure:
     style = styles(g.name for g in groups)
     panels, rows = [], []
     longer = [g for g in groups if len(g.records[0].data["rounds"]) > 1]
-    for title, setting in _by_setting(longer).items():
-        for place, here in by_place(setting):
+    for (division, place), rules in _by_rule(longer).items():
+        for rule, here in rules.items():
+            title = f"{rule}, {division}"
             lines, said = [], []
             for g in here:
                 steps = [entry["round"] for entry in g.records[0].data["rounds"]]
@@ -131,10 +133,13 @@ def _rounds_figure(groups: Sequence[Group]) -> Figure:
     return Figure("Merged accuracy by round", "Means over runs of different seeds.", panels, made, keys)
 
 
-def _by_setting(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    found: dict[str, list[Group]] = {}
-    for g in groups:
-        found.setdefault(_setting(g), []).append(g)
+def _by_rule(groups: Sequence[Group]) -> dict[tuple[str, str], dict[str, list[Group]]]:
+    """Groups of a panel, by (how the data is divided, place), and in it by merge rule."""
+    found: dict[tuple[str, str], dict[str, list[Group]]] = {}
+    for division in dict.fromkeys(map(_division, groups)):
+        for rule in dict.fromkeys(map(_merged_by, groups)):
+            for place, here in by_place(g for g in groups if (_division(g), _merged_by(g)) == (division, rule)):
+                found.setdefault((division, place), {})[rule] = here
     return found
 
 
@@ -160,32 +165,50 @@ def _accuracy(g: Group, task: str, which: str) -> Estimate | None:
     return seed_estimate(values) if len(values) == len(g.records) else None
 
 
-def _multitask_figure(groups: Sequence[Group]) -> Figure:
-    style = styles(g.name for g in groups)
-    panels, rows = [], []
+def _rules_by_place(groups: Sequence[Group]) -> dict[str, dict[str, list[Group]]]:
+    """Groups by place (which tasks), and in it by merge rule."""
+    found: dict[str, dict[str, list[Group]]] = {}
     for rule in dict.fromkeys(map(_merged_by, groups)):
         for place, here in by_place(g for g in groups if _merged_by(g) == rule):
-            tasks = [*here[0].records[0].config["tasks"], "mean"]
-            series = [Bars(g.name, style[g.name], [_accuracy(g, t, "normalised") for t in tasks]) for g in here]
-            top = max([100.0, *(v.mean for s in series for v in s.values if v is not None)])
-            said = [
-                f"{t}: " + ", ".join(f"{s.name} {s.values[i]:.1f}" for s in series if s.values[i] is not None)
-                for i, t in enumerate(tasks)
-            ]
-            words = f"Merged accuracy in percent of the single adapters'. {'; '.join(said)}."
-            drawing = lying_bars(series, tasks, "normalised accuracy [%]", limit=(0.0, top), reference=100.0)
-            panels.append(Panel(f"{rule}: {place}", words, drawing))
-            rows += [
-                (g.model, t, g.label, g.learning_rate, g.steps, g.settings, g.values[0] or g.values[1], g.values[2],
-                 g.task, len(g.records), *(_accuracy(g, t, which) for which in ("single", "merged", "normalised")))
-                for g in here for t in tasks
-            ]  # fmt: skip
+            found.setdefault(place, {})[rule] = here
+    return found
+
+
+def _multitask_figure(groups: Sequence[Group]) -> Figure:
+    style = styles(g.name for g in groups)
+    panels = []
+    for place, rules in _rules_by_place(groups).items():
+        tasks = next(iter(rules.values()))[0].records[0].config["tasks"]
+        # Of one rule every task is a row; of several each rule is one, with its mean over the tasks.
+        cases = [(t, next(iter(rules)), t) for t in [*tasks, "mean"]] if len(rules) == 1 else [
+            (rule, rule, "mean") for rule in rules]  # fmt: skip
+        series = []
+        for name in dict.fromkeys(g.name for here in rules.values() for g in here):
+            of = {rule: next((g for g in here if g.name == name), None) for rule, here in rules.items()}
+            values = [_accuracy(of[rule], task, "normalised") if of[rule] else None for _, rule, task in cases]
+            series.append(Bars(name, style[name], values))
+        names = [name for name, _, _ in cases]
+        top = max([100.0, *(v.mean for s in series for v in s.values if v is not None)])
+        said = [
+            f"{name}: " + ", ".join(f"{s.name} {s.values[i]:.1f}" for s in series if s.values[i] is not None)
+            for i, name in enumerate(names)
+        ]
+        of_what = "" if len(rules) == 1 else ", mean over the tasks"
+        words = f"Merged accuracy in percent of the single adapters'{of_what}. {'; '.join(said)}."
+        drawing = lying_bars(series, names, "normalised accuracy [%]", limit=(0.0, top), reference=100.0)
+        title = f"{place}: {cases[0][1]}" if len(rules) == 1 else place
+        panels.append(Panel(title, words, drawing))
+    rows = [
+        (g.model, t, g.label, g.learning_rate, g.steps, g.settings, g.values[0] or g.values[1], g.values[2], g.task,
+         len(g.records), *(_accuracy(g, t, which) for which in ("single", "merged", "normalised")))
+        for g in groups for t in [*g.records[0].config["tasks"], "mean"]
+    ]  # fmt: skip
     columns = [
         ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",), ("merged by",),
         ("merge options",), ("of the tasks",), ("seeds", "d"), ("single acc.", ".1f"), ("merged acc.", ".1f"),
         ("normalised", ".1f"),
     ]  # fmt: skip
-    note = "A bar a task and method; the broken line is the single adapters' accuracy."
+    note = "The broken line is the single adapters' accuracy. Of several merge rules the mean over tasks is drawn."
     keys = keys_of(style, [g.name for g in groups], "bar")
     made = table("Several tasks in one adapter", columns, rows, 3)
     return Figure("Normalised accuracy", note, panels, made, keys, unfolded=True)
