@@ -283,6 +283,11 @@ def test_similarity_of_adapters():
         {f"{m}, other {what}": 0.6 for m in ("LoRA", "CoTo", "CopRA") for what in ("seed", "learning rate")}
     )
     assert row_of(table, pairs_of="LoRA and CopRA")["mean cosine"] == pytest.approx(0.1)
+    (record,) = made.similarity()
+    for i, p in enumerate(record.data["points"]):
+        p["steps"] = 150 if i == 0 else 300
+    kinds = {row[1] for row in table_of(similarity_section([record]), "Mean cosine").rows}
+    assert {"LoRA, other steps and seed", "LoRA, other learning rate and steps"} <= kinds
     assert len(table_of(section, "Cosine of every two").rows) == 18 * 17 // 2
     (panel,) = figure_of(section, "Distance").panels
     assert "LoRA 0.52 [" in panel.words and "(6 adapters)" in panel.words

@@ -91,7 +91,7 @@ def _what_table(results: Sequence[Result]) -> Table:
     for protocol in sorted({r.protocol for r in results}, key=lambda p: (list(KINDS) + [p]).index(p)):
         same = [r for r in results if r.protocol == protocol]
         rows.append((
-            KINDS.get(protocol, f"{protocol} (unknown)"), len(same),
+            KINDS.get(protocol, f"{protocol} (no section of its own)"), len(same),
             _listed(sorted({model_of(r) for r in same if _has_model(r)}), 4), _listed(_tasks(same), 15),
             _listed(sorted({label_of(r) for r in same if "method" in r.config}, key=rank), 9),
             _listed(sorted({_seed(r) for r in same} - {""}), 12), sum(r.seconds for r in same) / 3600,

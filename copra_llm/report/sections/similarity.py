@@ -16,6 +16,8 @@ from copra_llm.report.plots.points import Point, scatter
 from copra_llm.report.tables import Table, table
 from copra_llm.results import Result
 
+SETTINGS = {"learning_rate": "learning rate", "steps": "steps", "seed": "seed"}
+"""What adapters of one method may differ in."""
 COMPARED = {"delta": "ΔW", "factors": "A and B"}
 
 
@@ -48,8 +50,9 @@ def _name(point: dict[str, Any]) -> str:
 
 
 def _who(point: dict[str, Any]) -> str:
-    rate = point.get("learning_rate")
-    return f"{_name(point)}{'' if rate is None else f', lr {rate:g}'}, seed {point.get('seed')}"
+    rate, steps = point.get("learning_rate"), point.get("steps")
+    settings = ("" if rate is None else f", lr {rate:g}") + (f", {steps} steps" if steps else "")
+    return f"{_name(point)}{settings}, seed {point.get('seed')}"
 
 
 def _ordered(r: Result) -> list[int]:
@@ -57,7 +60,11 @@ def _ordered(r: Result) -> list[int]:
     points = r.data["points"]
     return sorted(
         range(len(points)),
-        key=lambda i: (rank(_name(points[i])), points[i].get("learning_rate") or 0.0, str(points[i].get("seed"))),
+        key=lambda i: (
+            rank(_name(points[i])),
+            *(points[i].get(key) or 0 for key in ("learning_rate", "steps")),
+            str(points[i].get("seed")),
+        ),
     )
 
 
@@ -73,7 +80,7 @@ def _placed(r: Result) -> list[dict[str, Any]]:
 def _scatter_figure(records: Sequence[Result]) -> Figure:
     names = _series(records)
     style = styles(names)
-    panels, rows = [], []
+    panels, rows, tagged = [], [], False
     for r in (r for r in records if _placed(r)):
         placed = _placed(r)
         rates = sorted({p.get("learning_rate") for p in placed if p.get("learning_rate") is not None})
@@ -81,6 +88,7 @@ def _scatter_figure(records: Sequence[Result]) -> Figure:
             Point(p["x"], p["y"], style[_name(p)], _who(p), f"{p['learning_rate']:g}" if len(rates) > 1 else "")
             for p in placed
         ]
+        tagged = tagged or len(rates) > 1
         counts = ", ".join(f"{name} {sum(_name(p) == name for p in placed)}" for name in names)
         near = sum(_name(_nearest(p, placed)) == _name(p) for p in placed)
         words = (
@@ -93,7 +101,9 @@ def _scatter_figure(records: Sequence[Result]) -> Figure:
             for p in placed
         ]
     columns = [("of",), ("method",), ("learning rate", "g"), ("seed",), ("x", ".2f"), ("y", ".2f")]
-    note = "t-SNE keeps near adapters near; its axes and the size of its gaps mean nothing. Numbers: learning rates."
+    note = "t-SNE keeps near adapters near; its axes and the size of its gaps mean nothing."
+    if tagged:
+        note += " Numbers: learning rates."
     keys = [Key(name, style[name], "marker") for name in names]
     return Figure("Adapters by t-SNE", note, panels, table("Adapters by t-SNE", columns, rows, 2), keys)
 
@@ -124,7 +134,7 @@ def _cosine_figure(records: Sequence[Result]) -> Figure:
             if a < b
         ]
     columns = [("of",), ("adapter",), ("other adapter",), ("cosine", ".3f")]
-    note = "Ordered by method, then learning rate, then seed. 1: the same direction; 0: nothing in common."
+    note = "Ordered by method, then learning rate, steps and seed. 1: the same direction; 0: nothing in common."
     made = table("Cosine of every two adapters", columns, rows, 3)
     return Figure("Cosine similarity", note, panels, made)
 
@@ -146,11 +156,8 @@ def _kinds_of_pairs(r: Result) -> list[tuple[str, int, Any]]:
         for j in range(i + 1, len(points)):
             first, second = points[i], points[j]
             names = sorted({_name(first), _name(second)}, key=rank)
-            same_rate = first.get("learning_rate") == second.get("learning_rate")
-            kind = f"{' and '.join(names)}" if len(names) > 1 else f"{names[0]}, other seed"
-            if len(names) == 1 and not same_rate:
-                other_seed = first.get("seed") != second.get("seed")
-                kind = f"{names[0]}, other learning rate" + (" and seed" if other_seed else "")
+            differ = [word for key, word in SETTINGS.items() if first.get(key) != second.get(key)]
+            kind = " and ".join(names) if len(names) > 1 else f"{names[0]}, other {' and '.join(differ) or 'run'}"
             found[kind].append(cosine[i][j])
     return [(kind, len(values), sum(values) / len(values)) for kind, values in sorted(found.items())]
 
