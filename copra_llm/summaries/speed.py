@@ -60,8 +60,8 @@ def _estimators_row(game: str, budget: int, cells: list[dict], config: dict) -> 
     four, eight = (best(names, "evaluations") for names in (config["named"], config["named"] + config["further"]))
     timed = best(config["named"], "time")
     columns = [
-        game, f"{budget}", _percent(own), _percent(other), f"{_percent(four)}, {four['estimator']}",
-        _error_ratio(own, four), _error_ratio(own, timed), f"{_percent(eight)}, {eight['estimator']}",
+        game, f"{budget}", _percent(own), _percent(other), f"{_percent(four)} ({four['estimator']})",
+        _error_ratio(own, four), _error_ratio(own, timed), f"{_percent(eight)} ({eight['estimator']})",
         _error_ratio(own, eight), f"{own['calibration']:.1f}, {other['calibration']:.1f}",
     ]  # fmt: skip
     return "| " + " | ".join(columns) + " |"
@@ -75,7 +75,8 @@ def _error_ratio(ours: dict, theirs: dict) -> str:
     exact = 1e-6  # percent: rounding
     if theirs["error"] < exact:
         return "both exact" if ours["error"] < exact else "rival exact"
-    return f"{ours['error'] / theirs['error']:.2g}"
+    ratio = ours["error"] / theirs["error"]
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def _against_peft(r: Result) -> str:

@@ -44,6 +44,7 @@ GAMES = {
     "minilm-dbpedia-lora": Adapter("minilm/dbpedia/lora/lr0.004-steps300-seed0", "dbpedia", 56, "module", MODULES),
     "minilm-sst2-copra": Adapter("minilm/sst2/copra/lr0.004-steps300-seed0", "sst2", 24, "module", MODULES),
     "smollm2-sst2-lora": Adapter("smollm2/sst2/lora/lr0.002-steps75-seed0", "sst2", 16, "layer", LAYERS),
+    "smollm2-sst2-lora-64": Adapter("smollm2/sst2/lora/lr0.002-steps75-seed0", "sst2", 64, "layer", LAYERS),
 }
 
 
@@ -67,17 +68,20 @@ def evaluate_all(name: str, runs: Path) -> Result:
     game = CoalitionGame(evaluator, load_adapter_weights(folder), adapter.task, granularity=adapter.granularity)
     coalitions = all_coalitions(len(adapter.widths))
     gates = np.repeat(coalitions, adapter.widths, axis=1)
-    order, part = game.order(gates), FOLDER / f"{name}.part.jsonl"
+    part = FOLDER / f"{name}.part.jsonl"
     part.parent.mkdir(parents=True, exist_ok=True)
-    done = dict(json.loads(line) for line in part.read_text().splitlines()) if part.exists() else {}
-    for start in bar("chunk")(range(0, len(order), CHUNK)):
-        if start not in done:
-            outcomes = game.outcomes(gates[order[start : start + CHUNK]])
-            done[start] = [outcomes.nll.mean(1).tolist(), (100.0 * outcomes.correct.mean(1)).tolist()]
-            with part.open("a") as f:
-                f.write(json.dumps([start, done[start]]) + "\n")
-    loss, accuracy = np.zeros(len(order)), np.zeros(len(order))
-    loss[order], accuracy[order] = np.concatenate([np.array(done[start]) for start in sorted(done)], axis=1)
+    loss, accuracy = (np.full(len(coalitions), np.nan) for _ in range(2))
+    for line in part.read_text().splitlines() if part.exists() else ():
+        codes, losses, accuracies = json.loads(line)
+        loss[codes], accuracy[codes] = losses, accuracies
+    order = game.order(gates)  # neighbours share most hidden states
+    missing = order[np.isnan(loss[order])]
+    for start in bar("chunk")(range(0, len(missing), CHUNK)):
+        codes = missing[start : start + CHUNK]
+        outcomes = game.outcomes(gates[codes])
+        loss[codes], accuracy[codes] = outcomes.nll.mean(1), 100.0 * outcomes.correct.mean(1)
+        with part.open("a") as f:
+            f.write(json.dumps([codes.tolist(), loss[codes].tolist(), accuracy[codes].tolist()]) + "\n")
     players = np.split(np.array(game.gates.keys), np.cumsum(adapter.widths)[:-1])
     settings = config.flat() | {"output_dir": None, "adapter": adapter.run, "split": "dev", "task": adapter.task}
     result = Result(

@@ -247,7 +247,7 @@ def main() -> None:
             pilots[n] = {rival: Pilot(rival, n) for rival in NAMED}
         done[name] = [asdict(c) for c in compare(values, pilots[n], args.repetitions)]
         seconds += time.perf_counter() - started
-        ordered = {game: done[game] for game in games if game in done}
+        ordered = {game: done[game] for game in (*games, *done) if game in done}
         record = Result("speed_shapley", config, {"games": len(done)}, seconds, data={"games": ordered},
                         environment=environment(threads=1, shapiq=version("shapiq")))  # fmt: skip
         write_result(RECORD, record)
