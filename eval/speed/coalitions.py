@@ -77,7 +77,12 @@ def beginnings(n: int) -> np.ndarray:
 SETTINGS = {
     "minilm": Setting("agnews", 32, 8, {"all 64 coalitions": everything}, (1, 8)),
     "smollm2": Setting(
-        "sst2", 16, 16, {"32 random coalitions": random_ones, "one order": beginnings}, (1,), "bfloat16"
+        "sst2",
+        8,
+        8,
+        {"32 random coalitions": random_ones, "64 of the default estimator": estimators_own, "one order": beginnings},
+        packs=(1,),
+        dtype="bfloat16",
     ),
 }
 
