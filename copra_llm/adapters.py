@@ -8,6 +8,7 @@ apart, changed, and loaded by plain PEFT again. Nothing here touches a model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -28,6 +29,8 @@ from copra_llm.results import atomic_folder, write_atomic
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
 """An encoder's heads beside PEFT's files: `<task>.weight (num_labels, hidden)`, labels in the metadata."""
+RUN_FOLDER = "adapter"
+"""Where a run keeps its adapter."""
 _PREFIX = "base_model.model."
 
 
@@ -50,6 +53,15 @@ class LoraFactors:
         """`scaling * B @ A (out, in)`, in float64."""
         return self.scaling * (self.lora_B.double() @ self.lora_A.double())
 
+    def at_scaling(self, scaling: float) -> tuple[Tensor, Tensor]:
+        """`A (r, in)` and `B (out, r)` in float64 whose Delta W at another scaling, not 0, is this one's.
+
+        Each gets the root of the ratio of the scalings, which keeps them in balance; its sign goes into B.
+        """
+        ratio = self.scaling / scaling
+        root = math.sqrt(abs(ratio))
+        return root * self.lora_A.double(), math.copysign(root, ratio) * self.lora_B.double()
+
 
 @dataclass(frozen=True)
 class AdapterWeights:
@@ -70,6 +82,16 @@ class AdapterWeights:
     @property
     def base_model(self) -> str | None:
         return self.config.get("base_model_name_or_path")
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that tell this adapter's tensors and scalings from those of others."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()) + sorted(self.heads.items()):
+            digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.float().cpu().numpy().tobytes())
+        for name, f in sorted(self.factors.items()):
+            digest.update(f"{name} {f.scaling!r} ".encode())
+        return digest.hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors under PEFT's keys."""
@@ -111,7 +133,7 @@ def adapter_folder(path: Path | str) -> Path:
         InputError: if neither is an adapter.
     """
     path = Path(path)
-    for folder in (path, path / "adapter"):
+    for folder in (path, path / RUN_FOLDER):
         if (folder / CONFIG_FILE).is_file():
             return folder
     what = f"holds no {CONFIG_FILE}" if path.is_dir() else "is not a folder"

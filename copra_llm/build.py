@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,8 +95,7 @@ def start_from(model: PeftModel, weights: AdapterWeights, scaling: float) -> Non
     """Give a fresh adapter the weights of a saved one.
 
     Args:
-        model: keeps its own scaling; where the saved one differs, A and B make up for it, each times
-            sqrt(saved / own), the sign into B.
+        model: keeps its own scaling; where the saved one differs, A and B make up for it.
         weights: of the same ranks and targets.
         scaling: the model's own.
 
@@ -106,9 +104,8 @@ def start_from(model: PeftModel, weights: AdapterWeights, scaling: float) -> Non
     """
     factors = {}
     for name, f in weights.factors.items():
-        ratio = f.scaling / scaling
-        root = math.sqrt(abs(ratio))
-        factors[name] = LoraFactors(root * f.lora_A, math.copysign(root, ratio) * f.lora_B, scaling)
+        lora_A, lora_B = f.at_scaling(scaling)
+        factors[name] = LoraFactors(lora_A.to(f.lora_A.dtype), lora_B.to(f.lora_B.dtype), scaling)
     tensors = replace(weights, factors=factors).state_dict()
     own, saved = ({key: tuple(t.shape) for key, t in d.items()} for d in (get_peft_model_state_dict(model), tensors))
     for key in sorted(own.keys() | saved.keys()):

@@ -22,19 +22,18 @@ from safetensors.torch import load_file
 
 from copra_llm.adapters import WEIGHTS_FILE
 from copra_llm.classifiers import read_heads
-from copra_llm.config import RunConfig, dump_yaml
+from copra_llm.config import WITHOUT_EFFECT, RunConfig, dump_yaml
 from copra_llm.errors import InputError
 from copra_llm.results import atomic_folder, write_atomic
+from copra_llm.saved_runs import CONFIG, RESULT, checkpoint_folder
 
-ADAPTER, RESULT, CONFIG, PREEMPTED = "adapter", "result.json", "config.yaml", "PREEMPTED"
-"""What a run writes into its folder."""
+PREEMPTED = "PREEMPTED"
+"""The file that says that a run was stopped."""
 STATE, OPTIMIZER = "state.json", "optimizer.pt"
 """What a checkpoint holds beside the adapter."""
 
-# Settings that may differ between a checkpoint's run and the one that resumes it.
-_FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps", "eval_steps",
-                   "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "data_root",
-                   "metrics", "tasks"}  # fmt: skip
+# May differ between a checkpoint's run and the one that resumes it: the folder itself is one task's.
+_FREE_ON_RESUME = WITHOUT_EFFECT | {"tasks"}
 
 
 @dataclass
@@ -75,7 +74,7 @@ def save_checkpoint(accelerator, classifier, optimizer, config: RunConfig, folde
     """`checkpoint-<step>/`: the adapter as anybody loads it, the optimizer's state, and the progress."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with atomic_folder(folder / f"checkpoint-{progress.step}") as fresh:
+        with atomic_folder(checkpoint_folder(folder, progress.step)) as fresh:
             _write_adapter(accelerator.unwrap_model(classifier), fresh)
             torch.save(optimizer.state_dict(), fresh / OPTIMIZER)
             write_atomic(fresh / STATE, json.dumps({"config": config.flat(), **vars(progress)}))
@@ -147,5 +146,5 @@ def rotate(accelerator: Accelerator, folder: Path, settings, keep_at: set[int], 
         # Renamed first: a kill in the middle leaves no torn checkpoint under its name.
         doomed = folder / f".removed-{step}"
         shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder / f"checkpoint-{step}", doomed)
+        os.replace(checkpoint_folder(folder, step), doomed)
         shutil.rmtree(doomed)

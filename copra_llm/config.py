@@ -9,18 +9,17 @@ users of transformers, PEFT and TRL know; a hyphen for an underscore is accepted
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from copra_llm.errors import InputError, nearest
 from copra_llm.schedule import METHODS, Schedule
+from copra_llm.yaml_file import read_yaml, typed
 
 
 def setting(default: Any, help: str) -> Any:
@@ -247,6 +246,13 @@ class TrainSettings:
         return self.seed if own is None else own
 
 
+WITHOUT_EFFECT = frozenset({
+    "output_dir", "data_root", "resume_from_checkpoint", "report_to", "logging_steps", "eval_steps", "save_steps",
+    "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "metrics",
+})  # fmt: skip
+"""Settings on which the trained adapter does not depend."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """All settings of a training run, each group with its owner."""
@@ -355,28 +361,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     return typed_settings(path, read_yaml(path))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The `name: value` entries of a YAML file.
-
-    Raises:
-        InputError: if the file is missing, is no YAML, or holds something else.
-    """
-    import yaml
-
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; give a YAML file of settings")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise InputError(f"{path}{f', line {mark.line + 1}' if mark else ''} is not YAML; mend it") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); give a YAML file of settings") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}, but must hold `name: value` lines")
-    return values
-
-
 def typed_settings(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """`values`, found in `path`, each of its setting's type.
 
@@ -388,22 +372,3 @@ def typed_settings(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         if key not in types:
             raise InputError(f'{path}: there is no setting "{key}"{nearest(str(key), types)}')
     return {key: typed(path, key, value, types[key]) for key, value in values.items()}
-
-
-def typed(path: Path, key: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type; YAML reads `1e-3` as text and `1` as an integer, and both may mean a float."""
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if value is None and NoneType in kinds:
-        return None
-    kind = kinds[0]
-    if get_origin(kind) is list:
-        entries = value if isinstance(value, list) else [value]
-        return [typed(path, key, entry, get_args(kind)[0]) for entry in entries]
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    elif kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise InputError(f"{path}: {key} is {value!r}, but must be of type {kind.__name__}")

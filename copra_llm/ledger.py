@@ -144,20 +144,13 @@ class RecordedGame:
 
 def identity(game: CoalitionGame) -> dict[str, Any]:
     """What makes a game's values what they are, as JSON values: for the first line of its ledger."""
-    factors = sorted(game.weights.state_dict().items()) + sorted(game.weights.heads.items())
-    adapter = hashlib.sha256()
-    for name, tensor in factors:
-        adapter.update(f"{name} {tuple(tensor.shape)} ".encode())
-        adapter.update(tensor.float().cpu().numpy().tobytes())
-    for name, f in sorted(game.weights.factors.items()):
-        adapter.update(f"{name} {f.scaling!r} ".encode())
     examples = hashlib.sha256(repr((game.split.encoded, game.split.labels)).encode())
     bench = game.evaluator.bench
     return {
         "base_model": bench.base.source.name,
         "base_fingerprint": bench.base.fingerprint,
         "dtype": game.evaluator.config.model.dtype,
-        "adapter": adapter.hexdigest()[:16],
+        "adapter": game.weights.fingerprint(),
         "task": game.split.task.name,
         "split": game.evaluator.split,
         "n_examples": len(game.split),

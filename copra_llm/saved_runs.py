@@ -6,17 +6,22 @@ A run is a folder with `adapter/`, beside it `config.yaml` (the settings), `resu
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from copra_llm.adapters import AdapterWeights, adapter_folder, load_adapter_weights
-from copra_llm.config import RunConfig, read_settings
+import numpy as np
+
+from copra_llm.adapters import RUN_FOLDER, AdapterWeights, adapter_folder, load_adapter_weights
+from copra_llm.config import WITHOUT_EFFECT, RunConfig, read_settings
 from copra_llm.errors import InputError
 from copra_llm.results import Result, read_result
 
-CONFIG, RESULT, ADAPTER = "config.yaml", "result.json", "adapter"
+CONFIG, RESULT = "config.yaml", "result.json"
+ADAPTER = RUN_FOLDER
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,18 @@ class SavedRun:
         steps = self.steps()
         if steps is None:
             return None
-        folder = self.folder / f"checkpoint-{max(1, round(fraction * steps))}"
+        folder = checkpoint_folder(self.folder, step_at(fraction, steps))
         return folder if folder.is_dir() else None
+
+
+def step_at(fraction: float, steps: int) -> int:
+    """The optimizer step at a fraction of a run of `steps`: at least the first."""
+    return max(1, round(fraction * steps))
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where a run keeps its state after an optimizer step."""
+    return run / f"checkpoint-{step}"
 
 
 def read_run(path: Path | str) -> SavedRun:
@@ -90,15 +105,60 @@ def find_runs(root: Path) -> list[SavedRun]:
     return [read_run(folder) for folder in found]
 
 
-FREE = {"seed", "init_seed", "data_seed", "mask_seed", "output_dir", "data_root", "resume_from_checkpoint",
-        "checkpoint_at", "save_steps", "save_total_limit", "eval_steps", "logging_steps", "report_to", "metrics",
-        "per_device_eval_batch_size", "max_eval_samples", "max_nonfinite_steps"}  # fmt: skip
-"""Settings in which repetitions of a run may differ: seeds, and what an adapter does not depend on."""
+_FREE = WITHOUT_EFFECT | {"seed", "init_seed", "data_seed", "mask_seed", "checkpoint_at", "max_nonfinite_steps"}
 
 
 def same_but_seed(first: SavedRun, second: SavedRun) -> bool:
     """Whether two runs have the same settings and other seeds."""
     if not first.settings or first.settings["seed"] == second.settings.get("seed"):
         return False
-    names = (first.settings.keys() | second.settings.keys()) - FREE
-    return all(first.settings.get(name) == second.settings.get(name) for name in names)
+    return _kind(first) == _kind(second)
+
+
+def _kind(run: SavedRun) -> str:
+    """What repetitions of a run share: everything but seeds, and what an adapter does not depend on."""
+    return repr(sorted((key, value) for key, value in run.settings.items() if key not in _FREE and value is not None))
+
+
+def repeated_runs(folder: Path, seeds: Sequence[int]) -> list[list[SavedRun]]:
+    """The runs right below a folder whose settings were trained with every one of the seeds.
+
+    Runs that only tuned the settings, with one seed, are so left out.
+
+    Returns:
+        One list for each settings, its runs in the order of `seeds`.
+
+    Raises:
+        InputError: if no settings have them all.
+    """
+    kinds: dict[str, dict[int, SavedRun]] = {}
+    for file in sorted(folder.glob(f"*/{CONFIG}")):
+        if (file.parent / ADAPTER).is_dir():
+            run = read_run(file.parent)
+            kinds.setdefault(_kind(run), {})[run.settings["seed"]] = run
+    found = [[runs[seed] for seed in seeds] for runs in kinds.values() if set(seeds) <= set(runs)]
+    if not found:
+        raise InputError(f"{folder} has no settings trained with each of the seeds {', '.join(map(str, seeds))}; "
+                         "train them first, or give other --runs")  # fmt: skip
+    return found
+
+
+def best_on_dev(choices: Sequence[list[SavedRun]], task: str) -> list[SavedRun]:
+    """Of lists of runs the one with the best mean dev accuracy, then the smallest mean dev loss.
+
+    Raises:
+        InputError: if there are several, and a run has no record to choose by.
+    """
+    if len(choices) == 1:
+        return choices[0]
+
+    def score(runs: list[SavedRun]) -> tuple[float, ...]:
+        return tuple(np.mean([dev_score(read_result(run.folder / RESULT), task) for run in runs], axis=0))
+
+    return max(choices, key=score)
+
+
+def dev_score(result: Result, task: str) -> tuple[float, float]:
+    """Dev accuracy, then smaller dev loss."""
+    loss = result.metrics[f"dev/{task}/loss"]
+    return result.metrics[f"dev/{task}/accuracy"], -math.inf if math.isnan(loss) else -loss

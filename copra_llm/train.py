@@ -33,9 +33,7 @@ from transformers import get_scheduler
 from copra_llm.batches import BatchStream, train_loader
 from copra_llm.build import Workbench, build
 from copra_llm.checkpoint import (
-    ADAPTER,
     PREEMPTED,
-    RESULT,
     Progress,
     advance,
     claim,
@@ -59,6 +57,7 @@ from copra_llm.results import (
     write_atomic,
     write_result,
 )
+from copra_llm.saved_runs import ADAPTER, RESULT, step_at
 
 
 def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
@@ -143,7 +142,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     )
     classifier.train()
     watch = _FiniteWatch(accelerator, optimizer, settings.max_nonfinite_steps, progress)
-    keep_at = {max(1, round(fraction * total_steps)) for fraction in settings.checkpoint_at}
+    keep_at = {step_at(fraction, total_steps) for fraction in settings.checkpoint_at}
     batches = iter(loader)
     logged = _RunningLoss(accelerator.device)
     clock = time.time() - progress.seconds

@@ -156,10 +156,8 @@ def loaded_by(config: RunConfig) -> tuple:
 
 def _stamp(weights: AdapterWeights, evaluator: AdapterEvaluator, task: str, more: str) -> str:
     """Tells an unfinished file of this adapter, model and data from that of others."""
-    digest = hashlib.sha256(repr((loaded_by(evaluator.config), evaluator.split, task, more)).encode())
-    for key, tensor in sorted(weights.state_dict().items()):
-        digest.update(key.encode() + tensor.float().numpy().tobytes())
-    return digest.hexdigest()
+    of = (weights.fingerprint(), loaded_by(evaluator.config), evaluator.split, task, more)
+    return hashlib.sha256(repr(of).encode()).hexdigest()
 
 
 def _unfinished_rows(file: Path | None, stamp: str) -> tuple[dict[tuple[str, float], dict[str, Any]], float]:

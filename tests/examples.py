@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from copra_llm.adapters import AdapterWeights, LoraFactors
-from copra_llm.config import LoraSettings, ModelSettings
+from copra_llm.adapters import AdapterWeights, LoraFactors, save_adapter_weights
+from copra_llm.config import LoraSettings, ModelSettings, RunConfig, dump_yaml
 from copra_llm.gates import base_name
 from copra_llm.models import add_adapter, load_base
 
@@ -146,3 +147,15 @@ def write_gguf(folder: Path, path: Path) -> None:
 def distinct_prefixes(masks: np.ndarray) -> int:
     """Different beginnings, of every length, of the rows of `masks (n, gates)`."""
     return sum(len({row[: i + 1].tobytes() for row in masks}) for i in range(masks.shape[1]))
+
+
+def save_run(folder: Path, method: str, seed: int, early: float | None = None, **settings) -> Path:
+    """A run's folder without training; with `early`, its checkpoint at T/4 has this share of the final B."""
+    adapter = random_adapter(10 * seed + len(method))
+    save_adapter_weights(adapter, folder / "adapter")
+    config = RunConfig().replace(**{"method": method, "seed": seed, "tasks": ["sst2"], "max_steps": 8} | settings)
+    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    if early is not None:
+        factors = {n: dataclasses.replace(f, lora_B=early * f.lora_B) for n, f in adapter.factors.items()}
+        save_adapter_weights(adapter.with_factors(factors, "early"), folder / "checkpoint-2")
+    return folder

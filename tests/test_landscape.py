@@ -13,13 +13,12 @@ from examples import tiny_adapter
 
 from copra_llm.bands import pair_band
 from copra_llm.cli import main
-from copra_llm.config import RunConfig, dump_yaml
 from copra_llm.errors import InputError
 from copra_llm.protocols import runs as protocol_runs
-from copra_llm.protocols.landscape import Plan, best_seeds, run_plan
+from copra_llm.protocols.landscape import Plan, run_plan
 from copra_llm.protocols.plans import read_plans
-from copra_llm.results import Result, read_result, write_result
-from copra_llm.saved_runs import SavedRun, find_runs
+from copra_llm.results import Result, read_result
+from copra_llm.saved_runs import find_runs
 from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
 from copra_llm.summaries.landscape_plots import draw
 
@@ -109,26 +108,6 @@ def test_nothing_is_done_twice_and_what_is_missing_is_done(folders, tiny_llama, 
     (first.parent / "another" / "config.yaml").write_text(settings, encoding="utf-8")
     assert changed() == {"similarity-delta.json", "similarity-factors.json"}
     assert read_result(next(results.rglob("similarity-delta.json"))).config["adapters"] == 4
-
-
-def saved(folder: Path, method: str, seed: int, rate: float, dev: float) -> SavedRun:
-    config = RunConfig().replace(method=method, seed=seed, learning_rate=rate)
-    metrics = {"dev/sst2/accuracy": dev, "dev/sst2/loss": 0.5, "test/sst2/accuracy": 100.0 - dev}
-    write_result(folder / "result.json", Result("train", config.flat(), metrics))
-    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-    return SavedRun(folder, config.flat())
-
-
-def test_the_settings_that_were_best_on_dev_are_taken(tmp_path):
-    """The mean over seeds decides; settings without all the seeds, other methods and test do not count."""
-    wanted = [
-        ("copra", 0, 0.1, 70.0), ("copra", 1, 0.1, 90.0), ("copra", 0, 0.2, 85.0), ("copra", 1, 0.2, 80.0),
-        ("copra", 0, 0.3, 99.0), ("lora", 0, 0.2, 98.0), ("lora", 1, 0.2, 98.0), ("copra", 2, 0.2, 99.0),
-    ]  # fmt: skip
-    runs = [saved(tmp_path / str(i), *run) for i, run in enumerate(wanted)]
-    assert best_seeds(runs, "copra", [1, 0], "sst2") == [runs[3], runs[2]]
-    with pytest.raises(InputError, match="no runs of lora below .* differ in the seeds 0, 1, 2 alone; train"):
-        best_seeds(runs, "lora", [0, 1, 2], "sst2")
 
 
 # --- plans as files ---------------------------------------------------------------------------------------

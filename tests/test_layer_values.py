@@ -15,9 +15,9 @@ from copra_llm.cli import main
 from copra_llm.coalitions import CoalitionGame
 from copra_llm.config import RunConfig, dump_yaml
 from copra_llm.errors import InputError
-from copra_llm.protocols.layer_values import Plan, run_plan, seeds_of
+from copra_llm.protocols.layer_values import Plan, run_plan
 from copra_llm.protocols.plans import read_plans
-from copra_llm.results import Result, read_result, write_result
+from copra_llm.results import Result, read_result
 from copra_llm.summaries.shapley import shapley_details, shapley_table, thirds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,21 +221,6 @@ def test_the_plan_leaves_a_record_an_adapter_and_metric(runs, tmp_path, evaluate
     assert sum(evaluated) == 4 * 40 and again[lost].data == records[lost].data
     table = shapley_table(records.values())
     assert [line.split("|")[3].strip() for line in table.splitlines()[2:]] == ["LoRA", "CopRA"]
-
-
-def test_of_several_settings_those_that_were_best_on_dev(tmp_path):
-    def add(name: str, accuracy: float) -> None:
-        (tmp_path / name / "adapter").mkdir(parents=True)
-        metrics = {"dev/sst2/accuracy": accuracy, "dev/sst2/loss": 1.0}
-        write_result(tmp_path / name / "result.json", Result("train", {}, metrics))
-
-    for seed in (0, 1):
-        add(f"lr0.1-steps4-seed{seed}", 70.0)
-        add(f"lr0.2-steps4-seed{seed}", 80.0)
-    add("lr0.4-steps4-seed0", 90.0)  # one seed only
-    assert [run.name for run in seeds_of(tmp_path, [1, 0], "sst2")] == ["lr0.2-steps4-seed1", "lr0.2-steps4-seed0"]
-    with pytest.raises(InputError, match="each of the seeds 0, 1, 2"):
-        seeds_of(tmp_path, [0, 1, 2], "sst2")
 
 
 def test_the_projects_plan_can_be_read():

@@ -15,7 +15,7 @@ from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.merge import merge
-from copra_llm.protocols import multitask
+from copra_llm.protocols import runs as protocol_runs
 from copra_llm.protocols.multitask import MultiTask, normalised, run_multitask
 from copra_llm.protocols.plans import read_plans
 from copra_llm.results import Result, read_result, unpack_bits
@@ -92,7 +92,7 @@ def test_nothing_is_done_twice(merged, tiny_bert, monkeypatch):
     """Records are left alone; adapters that are there are taken, also by another rule."""
     before = {f: f.stat().st_mtime_ns for f in (merged / "results").rglob("*.json")}
     trained = []
-    monkeypatch.setattr(multitask, "train_adapter", lambda config, tasks, folder: trained.append(tasks))
+    monkeypatch.setattr(protocol_runs, "train_adapter", lambda config, tasks, folder: trained.append(tasks))
     run(plan(tiny_bert), merged)
     assert {f: f.stat().st_mtime_ns for f in (merged / "results").rglob("*.json")} == before
     assert len(run(plan(tiny_bert, merges={"mixture": {}}), merged)) == len(before) + 2
@@ -101,7 +101,7 @@ def test_nothing_is_done_twice(merged, tiny_bert, monkeypatch):
 
 def test_adapters_of_other_protocols_are_taken(tiny_bert, tmp_path, monkeypatch):
     """Anything in the run's folder that is an adapter: here untrained ones of different ranks."""
-    monkeypatch.delattr(multitask, "train_adapter")
+    monkeypatch.delattr(protocol_runs, "train_adapter")
     for seed, task in enumerate(TASKS[:2]):
         folder = tmp_path / "work" / tiny_bert.name / task / "lora" / "lr0.01-steps2-seed0"
         adapter = load_adapter_weights(tiny_adapter(tiny_bert, tmp_path / task, seed=seed, r=2 + seed))

@@ -17,10 +17,11 @@ from copra_llm.evaluate import Evaluation
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.protocols import pruning
 from copra_llm.protocols.plans import read_plans
-from copra_llm.protocols.pruning import Plan, find_runs, run_plan
+from copra_llm.protocols.pruning import Plan, run_plan
 from copra_llm.prune import Variant, structured_names
 from copra_llm.report import find_results, t_975
 from copra_llm.results import Result, read_result
+from copra_llm.saved_runs import SavedRun
 from copra_llm.summaries.pruning import averaged, plot_pruning, pruning_details, pruning_series, pruning_table
 from copra_llm.train import train_adapter
 from copra_llm.variants import evaluate_variants, figure_variants, unfinished_file
@@ -255,16 +256,9 @@ def test_a_plan_that_is_wrong_is_refused(old, new, expected, tmp_path):
     assert expected in str(refusal.value)
 
 
-def test_runs_without_every_seed_are_refused(runs, tmp_path):
-    with pytest.raises(InputError, match="no settings trained with each of the seeds 0, 1, 2"):
-        find_runs(runs / COPRA, [0, 1, 2])
-    with pytest.raises(InputError, match="no settings trained"):
-        find_runs(tmp_path / "nowhere", [0])
-
-
 def test_a_run_without_its_number_of_steps_has_no_quarter(runs, tmp_path):
-    with pytest.raises(InputError, match="has no max_steps"):
-        pruning.early_checkpoint(runs, RunConfig(), tmp_path)
+    with pytest.raises(InputError, match="has no record and no max_steps"):
+        pruning.early_checkpoint(SavedRun(runs / COPRA, RunConfig().flat()), tmp_path)
 
 
 # --- the command ------------------------------------------------------------------------------------------

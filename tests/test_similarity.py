@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from examples import MODULES, peft_adapter, random_adapter
+from examples import MODULES, peft_adapter, random_adapter, save_run
 
 from copra_llm.adapters import AdapterWeights, LoraFactors, save_adapter_weights
 from copra_llm.cli import main
-from copra_llm.config import RunConfig, dump_yaml
 from copra_llm.errors import InputError
-from copra_llm.results import Result, read_result, write_result
-from copra_llm.saved_runs import find_runs, read_run, same_but_seed
+from copra_llm.results import read_result
+from copra_llm.saved_runs import find_runs, read_run
 from copra_llm.similarity import (
     cosines,
     default_perplexity,
@@ -185,18 +184,6 @@ def test_without_scikit_learn_it_is_named(monkeypatch):
 # --- runs, records and the command ------------------------------------------------------------------------
 
 
-def save_run(folder: Path, method: str, seed: int, early: float | None = None, **settings) -> Path:
-    """A run's folder without training; with `early`, its checkpoint at T/4 has this share of the final B."""
-    adapter = random_adapter(10 * seed + len(method))
-    save_adapter_weights(adapter, folder / "adapter")
-    config = RunConfig().replace(**{"method": method, "seed": seed, "tasks": ["sst2"], "max_steps": 8} | settings)
-    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-    if early is not None:
-        factors = {n: dataclasses.replace(f, lora_B=early * f.lora_B) for n, f in adapter.factors.items()}
-        save_adapter_weights(adapter.with_factors(factors, "early"), folder / "checkpoint-2")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """Two methods, two seeds, and one run more of another learning rate."""
@@ -206,33 +193,6 @@ def runs(tmp_path_factory) -> Path:
             save_run(folder / method / f"run-{seed}", method, seed, early)
     save_run(folder / "lora" / "run-fast", "lora", 2, learning_rate=0.1)
     return folder
-
-
-def test_runs_are_found_with_their_settings_and_checkpoints(runs):
-    found = find_runs(runs)
-    assert [(r.settings["method"], r.label) for r in found] == [
-        ("copra", "run-0"), ("copra", "run-1"), ("lora", "run-0"), ("lora", "run-1"), ("lora", "run-fast")
-    ]  # fmt: skip
-    assert found[0].checkpoint(0.25) == runs / "copra" / "run-0" / "checkpoint-2"
-    assert found[-1].checkpoint(0.25) is None and found[0].checkpoint(0.5) is None
-    assert same_but_seed(found[0], found[1]) and same_but_seed(found[2], found[3])
-    assert not same_but_seed(found[0], found[3]), "methods differ"
-    assert not same_but_seed(found[2], found[4]), "learning rates differ"
-    assert not same_but_seed(found[0], found[0]), "the same seed"
-
-
-def test_a_runs_record_says_how_many_steps_it_took(tmp_path):
-    """`max_steps` may be unset; the adapter's own folder leads to the run."""
-    folder = save_run(tmp_path / "run", "lora", 0, 0.5, max_steps=-1)
-    assert read_run(folder).steps() is None and read_run(folder).checkpoint(0.25) is None
-    write_result(folder / "result.json", Result("train", {}, {}, steps=8))
-    run = read_run(folder / "adapter")
-    assert run.folder == folder and run.steps() == 8 and run.checkpoint(0.25) == folder / "checkpoint-2"
-
-
-def test_no_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no run lies below"):
-        find_runs(tmp_path)
 
 
 def test_a_record_holds_places_cosines_and_distances(runs):

@@ -14,7 +14,7 @@ from copra_llm.merge import merge
 from copra_llm.protocols import runs
 from copra_llm.protocols.plans import read_plans
 from copra_llm.protocols.runs import Store
-from copra_llm.protocols.sweep import Sweep, checkpoints, run_sweep
+from copra_llm.protocols.sweep import Sweep, run_sweep
 from copra_llm.report import find_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +98,7 @@ def test_the_curve_along_a_run_is_of_its_checkpoints(swept):
     (record,) = [r for r in find_results([results / run.place]) if r.protocol == "merge_over_steps"]
     assert record.data["steps"] == [2, 4]
     store = Store(results, work, lambda text: None)
-    ends = [checkpoints(store, run.replace(seed=s, checkpoint_at=plan.fractions), [2, 4]) for s in plan.seeds]
+    ends = [store.checkpoints(run.replace(seed=s, checkpoint_at=plan.fractions), [2, 4]) for s in plan.seeds]
     evaluator = AdapterEvaluator(run.config, ["sst2"], "test")
     for i, pair in enumerate(zip(*ends, strict=True)):
         assert record.data["single_loss"][i] == pytest.approx(np.mean([evaluator(e, "sst2").loss for e in pair]))

@@ -31,17 +31,11 @@ def add_data_arguments(parser: argparse.ArgumentParser, task_required: bool = Tr
     parser.add_argument("--model_name_or_path", "--model-name-or-path", help="unset: the base that the adapter names")
 
 
-def saved_settings(path: str):
-    """The run's own settings where a config.yaml lies beside the adapter, else the defaults."""
-    from copra_llm.config import RunConfig, read_settings
-
-    run = next((f for f in (Path(path) / "config.yaml", Path(path).parent / "config.yaml") if f.is_file()), None)
-    return RunConfig.from_flat(read_settings(run)) if run else RunConfig()
-
-
 def config_of(path: str, weights, args: argparse.Namespace):
-    """The run's own settings where a config.yaml lies beside the adapter, changed by the flags."""
-    config = saved_settings(path)
+    """The run's own settings where a config.yaml lies beside the adapter (else the defaults), changed by the flags."""
+    from copra_llm.saved_runs import read_run
+
+    config = read_run(path).config
     base_model = args.model_name_or_path or weights.base_model
     if not base_model:
         raise InputError(f"{weights.source} does not say which base model it is for; give --model_name_or_path")

@@ -11,7 +11,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-from copra_llm.cli.common import add_data_arguments, bar, config_of, fresh_output, saved_settings
+from copra_llm.cli.common import add_data_arguments, bar, config_of, fresh_output
 from copra_llm.errors import InputError
 
 HELP = (
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from copra_llm.adapters import load_adapter_weights
+    from copra_llm.saved_runs import read_run
 
     variants = _variants(args)
     if args.task:
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
                          "flag, or evaluate them all with --task")  # fmt: skip
     output = fresh_output(args.output)
     weights = load_adapter_weights(args.adapter)
-    _write(weights, variants[0], output, args.layer_pattern or saved_settings(args.adapter).schedule.layer_pattern)
+    _write(weights, variants[0], output, args.layer_pattern or read_run(args.adapter).config.schedule.layer_pattern)
     return 0
 
 

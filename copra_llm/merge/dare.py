@@ -26,7 +26,7 @@ from torch import Tensor
 from copra_llm.adapters import LoraFactors
 from copra_llm.merge.delta import Deltas
 from copra_llm.merge.pad import same_rank
-from copra_llm.merge.ties import elect, on_factors, rooted
+from copra_llm.merge.ties import elect, on_factors, sides_of
 
 
 def dare(
@@ -119,7 +119,7 @@ def on_blocks(combine: Callable[[Tensor], Tensor], density: float, seed: int, mo
 
 def _dropped_factors(factors: Sequence[LoraFactors], density: float, seed: int, module: str):
     """All A~ `(r, in)` and all B~ `(out, r)` in float64, the scaling's root in both; a line is one of the r."""
-    all_A, all_B = rooted(factors)
+    all_A, all_B = sides_of(factors)
     in_A, in_B = ({"density": density, "seed": seed, "name": f"{module}.lora_{side}"} for side in "AB")
     return (
         [dropped(a, i, **in_A) for i, a in enumerate(all_A)],

@@ -12,7 +12,6 @@ Source: CopRA (arXiv 2410.22911), section 3.1, "Fusion".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -43,7 +42,7 @@ def fuse(factors: Sequence[LoraFactors], weights: Sequence[float], *, pad: str |
 
 
 def at_first_scaling(factors: Sequence[LoraFactors]) -> list[tuple[Tensor, Tensor]]:
-    """`A (r, in)` and `B (out, r)` of each in float64, such that `s_1 B A` is its Delta W; the sign goes into B.
+    """`A (r, in)` and `B (out, r)` of each in float64, such that `s_1 B A` is its Delta W.
 
     Raises:
         InputError: if the first scaling is 0.
@@ -51,9 +50,4 @@ def at_first_scaling(factors: Sequence[LoraFactors]) -> list[tuple[Tensor, Tenso
     first = factors[0].scaling
     if first == 0.0:
         raise InputError("the first adapter's scaling is 0, and fusion brings the others to it; put it last")
-    pairs = []
-    for f in factors:
-        ratio = f.scaling / first
-        root = math.sqrt(abs(ratio))
-        pairs.append((root * f.lora_A.double(), math.copysign(root, ratio) * f.lora_B.double()))
-    return pairs
+    return [f.at_scaling(first) for f in factors]

@@ -14,7 +14,6 @@ Source: Yadav et al., TIES-Merging (arXiv 2306.01708), section 4 and algorithm 1
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -56,7 +55,7 @@ def ties(
         limits = [deltas.kth_largest(i, kept(density, deltas.size)) for i in range(len(factors))]
         limits = torch.tensor(limits, dtype=torch.float64).view(-1, 1, 1)
         return deltas.merged(lambda _, x: elect(trim(x, limits), weights), rank or max(f.r for f in factors), note)
-    sides = rooted(same_rank(factors, pad, "ties on factors", "--on delta or --pad zero"))
+    sides = sides_of(same_rank(factors, pad, "ties on factors", "--on delta or --pad zero"))
     lora_A, lora_B = (elect(torch.stack([trim(x, threshold(x, density)) for x in side]), weights) for side in sides)
     return on_factors(lora_A, lora_B, rank, factors[0], note)
 
@@ -91,13 +90,10 @@ def trim(values: Tensor, limit: Tensor | float) -> Tensor:
     return torch.where(values.abs() >= limit, values, 0.0)
 
 
-def rooted(factors: Sequence[LoraFactors]) -> tuple[list[Tensor], list[Tensor]]:
-    """All A `(r, in)` and all B `(out, r)` in float64 with the scaling's root in both and its sign in B."""
-    roots = [math.sqrt(abs(f.scaling)) for f in factors]
-    return (
-        [root * f.lora_A.double() for f, root in zip(factors, roots, strict=True)],
-        [math.copysign(root, f.scaling) * f.lora_B.double() for f, root in zip(factors, roots, strict=True)],
-    )
+def sides_of(factors: Sequence[LoraFactors]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """All A `(r, in)` and all B `(out, r)` in float64, at scaling 1."""
+    all_A, all_B = zip(*(f.at_scaling(1.0) for f in factors), strict=True)
+    return all_A, all_B
 
 
 def on_factors(lora_A: Tensor, lora_B: Tensor, rank: int | None, like: LoraFactors, note) -> LoraFactors:

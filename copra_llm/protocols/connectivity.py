@@ -15,7 +15,6 @@ Source: CopRA (arXiv 2410.22911), section 3.1 and figure 3.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from copra_llm.merge import check_line
 from copra_llm.protocols.jobs import Job, run_jobs
 from copra_llm.protocols.plans import check_runs, need_entries
 from copra_llm.protocols.runs import Run, Store
-from copra_llm.results import Result
+from copra_llm.saved_runs import dev_score
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,3 @@ def tune(score, plan: Plan) -> tuple[float, int]:
     for steps in plan.max_steps[1:]:
         scores[rate, steps] = score(rate, steps)
     return max(scores, key=scores.get)
-
-
-def dev_score(result: Result, task: str) -> tuple[float, float]:
-    """Dev accuracy, then smaller dev loss."""
-    loss = result.metrics[f"dev/{task}/loss"]
-    return result.metrics[f"dev/{task}/accuracy"], -math.inf if math.isnan(loss) else -loss

@@ -23,20 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.interpolate import line
 from copra_llm.layerwise import layerwise_record
 from copra_llm.plane import plane_record
-from copra_llm.protocols.connectivity import dev_score
 from copra_llm.protocols.jobs import Job, run_jobs
 from copra_llm.protocols.plans import check_runs, need_entries
 from copra_llm.protocols.runs import Run, Store, portable, portable_name
 from copra_llm.results import read_result, write_result
-from copra_llm.saved_runs import SavedRun, find_runs, same_but_seed
+from copra_llm.saved_runs import SavedRun, best_on_dev, find_runs, repeated_runs
 from copra_llm.similarity import KINDS, similarity_record
 
 SPLIT = "test"
@@ -109,34 +106,12 @@ def run_plan(
     run_jobs([Job(f"{run.place / run.name}", store.train, (run, True)) for run in wanted], workers, say)
     jobs = []
     for task, method in itertools.product(plan.tasks, plan.methods):
-        chosen = best_seeds(find_runs(runs / place / task), method, plan.seeds, task)
+        chosen = best_on_dev(repeated_runs(runs / place / task / method, plan.seeds), task)
         folder = results / place / task / method
         jobs.append(Job(f"{folder}", interpolate_seeds, (chosen, folder, task, plan, data_root, say)))
     run_jobs(jobs, workers, say)
     for task, on in itertools.product(plan.tasks, KINDS):
         compare(find_runs(runs / place / task), results / place / task / f"similarity-{on}.json", on, say)
-
-
-def best_seeds(runs: list[SavedRun], method: str, seeds: list[int], task: str) -> list[SavedRun]:
-    """Of a method's runs those with the settings that were best on dev, one a seed, in the order of the seeds.
-
-    Raises:
-        InputError: if no settings have a run for every seed.
-    """
-    groups: list[list[SavedRun]] = []
-    for run in (r for r in runs if r.settings["method"] == method and r.settings["seed"] in seeds):
-        own = next((g for g in groups if any(same_but_seed(run, other) for other in g)), None)
-        groups.append([run]) if own is None else own.append(run)
-    whole = [g for g in groups if sorted(r.settings["seed"] for r in g) == sorted(seeds)]
-    if not whole:
-        below = runs[0].folder.parent.parent if runs else "the folder"
-        raise InputError(f"no runs of {method} below {below} differ in the seeds {', '.join(map(str, seeds))} alone; "
-                         "train them first")  # fmt: skip
-
-    def score(group: list[SavedRun]) -> tuple[float, ...]:
-        return tuple(np.mean([dev_score(run.record(), task) for run in group], axis=0))
-
-    return sorted(max(whole, key=score), key=lambda run: seeds.index(run.settings["seed"]))
 
 
 def interpolate_seeds(

@@ -21,20 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from copra_llm.adapters import load_adapter_weights
 from copra_llm.coalitions import METRICS, CoalitionGame
-from copra_llm.config import RunConfig, read_settings
 from copra_llm.errors import InputError, nearest
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.gates import GRANULARITIES
 from copra_llm.ledger import Ledger, RecordedGame, identity
-from copra_llm.protocols.connectivity import dev_score
 from copra_llm.protocols.jobs import Job, run_jobs
 from copra_llm.protocols.plans import check_runs, need_entries
 from copra_llm.protocols.runs import portable
-from copra_llm.results import Result, peak_memory_bytes, read_result, write_result
+from copra_llm.results import Result, peak_memory_bytes, write_result
+from copra_llm.saved_runs import SavedRun, best_on_dev, repeated_runs
 from copra_llm.shapley import ESTIMATORS, Estimate, approximate, gini, top_third_share
 
 DEFAULT_ESTIMATOR, DEFAULT_BUDGET = "quadrature", 256
@@ -170,14 +166,14 @@ def run_plan(
     jobs = []
     for task, method in itertools.product(plan.tasks, plan.methods):
         place = Path(model) / task / method
-        chosen = seeds_of(runs / place, plan.seeds, task)
+        chosen = best_on_dev(repeated_runs(runs / place, plan.seeds), task)
         arguments = (chosen, plan, results / place, work / place, task, data_root, say)
         jobs.append(Job(str(place), adapters_records, arguments))
     run_jobs(jobs, workers, say)
 
 
 def adapters_records(
-    chosen: Sequence[Path],
+    chosen: Sequence[SavedRun],
     plan: Plan,
     results: Path,
     work: Path,
@@ -188,22 +184,22 @@ def adapters_records(
     """The missing records of some runs of one task and method, on one loaded model."""
     evaluator = None
     for run in chosen:
-        paths = {metric: results / f"{plan.granularity}-{metric}-{run.name}.json" for metric in plan.metrics}
+        name = run.folder.name
+        paths = {metric: results / f"{plan.granularity}-{metric}-{name}.json" for metric in plan.metrics}
         missing = [metric for metric, path in paths.items() if not path.is_file()]
         if not missing:
             continue
         if evaluator is None:
-            config = RunConfig.from_flat(read_settings(run / "config.yaml")).replace(
+            config = run.config.replace(
                 data_root=data_root, max_eval_samples=plan.max_eval_samples,
                 per_device_eval_batch_size=plan.per_device_eval_batch_size,
             )  # fmt: skip
             evaluator = AdapterEvaluator(config, [task], plan.split)
-        game = CoalitionGame(evaluator, load_adapter_weights(run), task, granularity=plan.granularity)
+        game = CoalitionGame(evaluator, run.weights, task, granularity=plan.granularity)
         if game.note:
-            say(f"{run}: {game.note}")
-        ledger = Ledger(work / run.name / f"{plan.split}-{plan.granularity}{LEDGER_SUFFIX}", identity(game))
-        trained = RunConfig.from_flat(read_settings(run / "config.yaml"))
-        settings = {"adapter": run.name, "seed": trained.train.seed}
+            say(f"{run.folder}: {game.note}")
+        ledger = Ledger(work / name / f"{plan.split}-{plan.granularity}{LEDGER_SUFFIX}", identity(game))
+        settings = {"adapter": name, "seed": run.config.train.seed}
         for record in shapley_records(
             game, ledger, metrics=missing, estimator=plan.estimator, budget=plan.budget, settings=settings
         ):
@@ -211,27 +207,6 @@ def adapters_records(
             write_result(path, portable(record))
             share = record.metrics[f"{plan.split}/{task}/top_third_share"]
             say(f"{path}: the top third holds {100 * share:.0f} % in {record.seconds:.0f} s")
-
-
-def seeds_of(folder: Path, seeds: Sequence[int], task: str) -> list[Path]:
-    """Runs `<settings>-seed<seed>/` below a folder, one a seed; of several settings those that were best on dev.
-
-    Raises:
-        InputError: if no settings have a run for every seed.
-    """
-    stems = {run.name.rsplit("-seed", 1)[0] for run in folder.glob("*-seed*") if (run / "adapter").is_dir()}
-    groups = [[folder / f"{stem}-seed{seed}" for seed in seeds] for stem in sorted(stems)]
-    whole = [group for group in groups if all((run / "adapter").is_dir() for run in group)]
-    if not whole:
-        raise InputError(f"no settings below {folder} have a run for each of the seeds {', '.join(map(str, seeds))}; "
-                         "train them first, or give another --runs")  # fmt: skip
-    if len(whole) == 1:
-        return whole[0]
-    return max(whole, key=lambda group: tuple(np.mean([dev_score(_record(run), task) for run in group], axis=0)))
-
-
-def _record(run: Path) -> Result:
-    return read_result(run / "result.json")
 
 
 def _evenness(estimate: Estimate, where: str) -> dict[str, float]:

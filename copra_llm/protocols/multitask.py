@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from copra_llm.adapters import AdapterWeights, load_adapter_weights
+from copra_llm.adapters import AdapterWeights
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.evaluate import Evaluation
@@ -32,7 +32,6 @@ from copra_llm.protocols.jobs import Job, run_jobs
 from copra_llm.protocols.plans import Rule, check_runs, merge_rules, need_entries, tuned_settings
 from copra_llm.protocols.runs import Run, Store, portable, portable_name
 from copra_llm.results import Result, pack_bits, peak_memory_bytes, write_result
-from copra_llm.train import train_adapter
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def merge_groups(store: Store, plan: MultiTask, method: str, seed: int, data_roo
     if not missing:
         return
     tasks = list(dict.fromkeys(task for group, _, _ in missing for task in group))
-    singles = {task: single_adapter(store, Run(plan.config(task, method, seed, data_root))) for task in tasks}
+    singles = {task: store.adapter(Run(plan.config(task, method, seed, data_root))) for task in tasks}
     evaluator = AdapterEvaluator(plan.config(tasks[0], method, seed, data_root), tasks, "test")
     alone = {task: evaluator(singles[task], task) for task in tasks}
     for group, rule, record in missing:
@@ -114,16 +113,6 @@ def merge_groups(store: Store, plan: MultiTask, method: str, seed: int, data_roo
         result = merged_record(config, rule, {task: singles[task] for task in group}, alone, evaluator)
         write_result(record, portable(result))
         store.say(f"{record}: {result.metrics['test/mean/accuracy/normalised']:.1f} % of the single tasks' accuracy")
-
-
-def single_adapter(store: Store, run: Run) -> AdapterWeights:
-    """The adapter of a run on one task; trained if it is not there."""
-    folder = store.folder(run)
-    if not (folder / "adapter").is_dir():
-        store.say(f"{folder}: no adapter there, training one")
-        config = run.config.replace(output_dir=str(folder), resume_from_checkpoint="latest")
-        train_adapter(config, run.config.data.tasks, folder)
-    return load_adapter_weights(folder)
 
 
 def merged_record(

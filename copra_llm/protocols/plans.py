@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from copra_llm.adapters import AdapterWeights
-from copra_llm.config import RunConfig, read_yaml, typed, typed_settings
+from copra_llm.config import RunConfig, typed_settings
 from copra_llm.errors import InputError, nearest
 from copra_llm.merge import check_options, merge
 from copra_llm.tasks.mtl15 import get_task
+from copra_llm.yaml_file import read_yaml, typed
 
 P = TypeVar("P")
 

@@ -13,13 +13,11 @@ Source: CopRA (arXiv 2410.22911), section 3.2 and figure 4.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from copra_llm.adapters import load_adapter_weights
-from copra_llm.config import RunConfig, read_settings
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.protocols.jobs import Job, run_jobs
@@ -27,6 +25,7 @@ from copra_llm.protocols.plans import check_runs, need_entries
 from copra_llm.protocols.runs import portable
 from copra_llm.prune import Variant, structured_names
 from copra_llm.results import Result
+from copra_llm.saved_runs import RESULT, SavedRun, checkpoint_folder, read_run, repeated_runs, step_at
 from copra_llm.train import train_adapter
 from copra_llm.variants import figure_variants, finish, loaded_by, unfinished_file, variants_record
 
@@ -86,7 +85,7 @@ def run_plan(
     jobs = []
     for task, method in itertools.product(plan.tasks, plan.methods):
         place = Path(model) / task / method
-        found = find_runs(runs / place, plan.seeds)
+        found = [run for runs_of in repeated_runs(runs / place, plan.seeds) for run in runs_of]
         jobs.append(
             Job(f"{place}", prune_runs, (plan, task, method, found, results / place, work / place, data_root, say))
         )
@@ -97,7 +96,7 @@ def prune_runs(
     plan: Plan,
     task: str,
     method: str,
-    runs: Sequence[Path],
+    runs: Sequence[SavedRun],
     results: Path,
     work: Path,
     data_root: str | None,
@@ -107,13 +106,11 @@ def prune_runs(
     early = task in plan.early_tasks and method in plan.early_methods
     evaluator: AdapterEvaluator | None = None
     for run, checkpoint in itertools.product(runs, ("final", "early") if early else ("final",)):
-        record = results / (f"{run.name}.json" if checkpoint == "final" else f"{run.name}-early.json")
+        record = results / (f"{run.folder.name}.json" if checkpoint == "final" else f"{run.folder.name}-early.json")
         if record.is_file():
             continue
-        config = RunConfig.from_flat(read_settings(run / "config.yaml"))
-        if data_root is not None:
-            config = config.replace(data_root=data_root)
-        weights = load_adapter_weights(run if checkpoint == "final" else early_checkpoint(run, config, work))
+        config = run.config if data_root is None else run.config.replace(data_root=data_root)
+        weights = run.weights if checkpoint == "final" else load_adapter_weights(early_checkpoint(run, work, data_root))
         if evaluator is None or loaded_by(evaluator.config) != loaded_by(config):
             evaluator = AdapterEvaluator(config, [task], "test")
         variants = plan.variants(structured_names(weights, config.schedule.layer_pattern), config.train.seed)
@@ -123,39 +120,26 @@ def prune_runs(
         say(f"{record}: {summary(result)} in {result.seconds:.0f} s")
 
 
-def find_runs(folder: Path, seeds: Sequence[int]) -> list[Path]:
-    """The finished runs in a folder whose settings were trained with every one of the seeds, in that order.
-
-    Runs that only tuned the settings, with one seed, are so left out.
+def early_checkpoint(run: SavedRun, work: Path, data_root: str | None = None) -> Path:
+    """The adapter after a quarter of the run: its own checkpoint, or that of the same run repeated below `work`.
 
     Raises:
-        InputError: if there are none.
+        InputError: if neither record nor settings say how many steps the run had.
     """
-    groups: dict[str, dict[int, Path]] = {}
-    for run in sorted(p.parent for p in folder.glob("*/config.yaml") if (p.parent / "adapter").is_dir()):
-        settings = read_settings(run / "config.yaml")
-        own = ("seed", "output_dir", "data_root", "resume_from_checkpoint", "checkpoint_at")
-        rest = json.dumps({key: value for key, value in sorted(settings.items()) if key not in own})
-        groups.setdefault(rest, {})[settings.get("seed", 0)] = run
-    found = [group[seed] for group in groups.values() if set(seeds) <= set(group) for seed in seeds]
-    if not found:
-        raise InputError(f"{folder} has no settings trained with each of the seeds {', '.join(map(str, seeds))}; "
-                         "train them first, or give other --runs")  # fmt: skip
-    return found
-
-
-def early_checkpoint(run: Path, config: RunConfig, work: Path) -> Path:
-    """The adapter after a quarter of the run: its own checkpoint, or that of the same run repeated below `work`."""
-    if config.train.max_steps < 1:
-        raise InputError(f"{run / 'config.yaml'} has no max_steps, so its T/4 is not known; train with --max_steps")
-    name = f"checkpoint-{max(1, round(EARLY * config.train.max_steps))}"
-    if (run / name).is_dir():
-        return run / name
-    again = work / run.name
-    if not (again / "result.json").is_file() or not (again / name).is_dir():
-        changes = {"checkpoint_at": [EARLY], "output_dir": str(again), "resume_from_checkpoint": "latest"}
-        train_adapter(config.replace(**changes), config.data.tasks, again)
-    return again / name
+    found = run.checkpoint(EARLY)
+    if found is not None:
+        return found
+    if run.steps() is None:
+        raise InputError(
+            f"{run.folder} has no record and no max_steps, so its T/4 is not known; train with --max_steps"
+        )
+    again = work / run.folder.name
+    if (again / RESULT).is_file() and (found := read_run(again).checkpoint(EARLY)) is not None:
+        return found
+    changes = {"checkpoint_at": [EARLY], "output_dir": str(again), "resume_from_checkpoint": "latest"}
+    config = run.config if data_root is None else run.config.replace(data_root=data_root)
+    train_adapter(config.replace(**changes), config.data.tasks, again)
+    return checkpoint_folder(again, step_at(EARLY, run.steps()))
 
 
 def summary(record: Result) -> str:

@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from copra_llm.adapters import load_adapter_weights
+from copra_llm.adapters import AdapterWeights, load_adapter_weights
 from copra_llm.config import RunConfig
 from copra_llm.interpolate import line_record
 from copra_llm.results import Result, read_result, write_result
+from copra_llm.saved_runs import ADAPTER, RESULT, checkpoint_folder
 from copra_llm.train import train_adapter
 
 
@@ -66,14 +67,42 @@ class Store:
 
     def train(self, run: Run, adapter_wanted: bool = False) -> Result:
         """A run's record, from disk if it is there (with its adapter beside the work, where that is wanted)."""
-        record, folder = self.results / run.place / f"{run.name}.json", self.folder(run)
-        if not record.is_file() or (adapter_wanted and not (folder / "adapter").is_dir()):
-            config = run.config.replace(output_dir=str(folder), resume_from_checkpoint="latest")
-            result = train_adapter(config, run.config.data.tasks, folder)
+        record = self.results / run.place / f"{run.name}.json"
+        if not record.is_file() or (adapter_wanted and not (self.folder(run) / ADAPTER).is_dir()):
+            result = self._train(run)
             write_result(record, portable(result, run.variant))
             task = run.config.data.tasks[0]
             self.say(f"{record}: dev {result.metrics[f'dev/{task}/accuracy']:.1f} in {result.seconds:.0f} s")
         return read_result(record)
+
+    def adapter(self, run: Run) -> AdapterWeights:
+        """A run's adapter; trained, without a record among the results, if it is not there."""
+        folder = self.folder(run)
+        if not (folder / ADAPTER).is_dir():
+            self.say(f"{folder}: no adapter there, training one")
+            self._train(run)
+        return load_adapter_weights(folder)
+
+    def checkpoints(self, run: Run, steps: Sequence[int]) -> list[AdapterWeights]:
+        """A run's adapters after some of its steps; trained if they were not kept.
+
+        Args:
+            run: its `checkpoint_at` holds the fractions that these steps are.
+            steps: in increasing order.
+        """
+        folder = self.folder(run)
+        if not all(checkpoint_folder(folder, step).is_dir() for step in steps):
+            # In a folder of its own: the run itself may have been trained before, without them.
+            folder = self.work / "checkpoints" / run.place / run.name
+            if not all(checkpoint_folder(folder, step).is_dir() for step in steps):
+                (folder / RESULT).unlink(missing_ok=True)
+                self._train(run, folder)
+        return [load_adapter_weights(checkpoint_folder(folder, step)) for step in steps]
+
+    def _train(self, run: Run, folder: Path | None = None) -> Result:
+        folder = folder or self.folder(run)
+        config = run.config.replace(output_dir=str(folder), resume_from_checkpoint="latest")
+        return train_adapter(config, run.config.data.tasks, folder)
 
     def lines(self, run: Run, seeds: Sequence[int], points: dict[str, int]) -> None:
         """Train every seed of a run, and evaluate every pair of seeds along the line, for each merge method.
@@ -95,7 +124,7 @@ class Store:
         for (pair, method), record in missing.items():
             label = {} if run.variant is None else {"label": run.variant}
             curve = line_record(
-                [load_adapter_weights(self.folder(run.replace(seed=seed))) for seed in pair],
+                [self.adapter(run.replace(seed=seed)) for seed in pair],
                 run.config,
                 task,
                 method=method,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from copra_llm.adapters import AdapterWeights, load_adapter_weights
+from copra_llm.adapters import AdapterWeights
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
@@ -31,6 +31,7 @@ from copra_llm.protocols.jobs import Job, run_jobs
 from copra_llm.protocols.plans import check_runs, need_entries
 from copra_llm.protocols.runs import Run, Store, portable
 from copra_llm.results import Result, pack_bits, peak_memory_bytes, write_result
+from copra_llm.saved_runs import step_at
 
 
 @dataclass(frozen=True)
@@ -122,26 +123,13 @@ def along_runs(store: Store, run: Run, seeds: list[int], fractions: list[float],
     missing = {method: record for method, record in records.items() if not record.is_file()}
     if not missing:
         return
-    steps = [max(1, round(fraction * run.config.train.max_steps)) for fraction in sorted(fractions)]
-    ends = [checkpoints(store, kept.replace(seed=seed), steps) for seed in pair]
+    steps = [step_at(fraction, run.config.train.max_steps) for fraction in sorted(fractions)]
+    ends = [store.checkpoints(kept.replace(seed=seed), steps) for seed in pair]
     evaluator = AdapterEvaluator(run.config, [task], "test")
     for method, record in missing.items():
         result = _over_steps(evaluator, run, task, steps, ends, method, pair)
         write_result(record, portable(result, run.variant))
         store.say(f"{record}: merged {result.data['merged'][-1]:.1f} at the end")
-
-
-def checkpoints(store: Store, run: Run, steps: list[int]) -> list[AdapterWeights]:
-    """The run's adapters after these steps; trained anew if they were not kept."""
-    folders = [store.folder(run) / f"checkpoint-{step}" for step in steps]
-    if not all(folder.is_dir() for folder in folders):
-        # In a folder of its own: the run itself may have been trained before, without them.
-        aside = Store(store.work / "checkpoints", store.work / "checkpoints", store.say)
-        folders = [aside.folder(run) / f"checkpoint-{step}" for step in steps]
-        if not all(folder.is_dir() for folder in folders):
-            (aside.results / run.place / f"{run.name}.json").unlink(missing_ok=True)
-            aside.train(run, adapter_wanted=True)
-    return [load_adapter_weights(folder) for folder in folders]
 
 
 def _over_steps(

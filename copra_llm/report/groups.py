@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from copra_llm.config import PartSettings
+from copra_llm.config import WITHOUT_EFFECT, PartSettings
 from copra_llm.estimates import Estimate, seed_estimate
 from copra_llm.results import Result
 
@@ -24,9 +24,8 @@ REPETITION = {
     # what differs between repetitions of a run
     "seed", "seeds", "split_seed", "random_seed", "adapter", "adapters", "points", "estimator_seed",
     # what a run's outcome does not depend on, or what is named apart
-    "output_dir", "data_root", "resume_from_checkpoint", "report_to", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "checkpoint_at", "max_nonfinite_steps", "per_device_eval_batch_size", "max_eval_samples",
-    "metrics", "label", "variant", "tasks", "task", "method", "model_name_or_path", "learning_rate", "max_steps",
+    *WITHOUT_EFFECT, "checkpoint_at", "max_nonfinite_steps",
+    "label", "variant", "tasks", "task", "method", "model_name_or_path", "learning_rate", "max_steps",
 }  # fmt: skip
 """Settings that do not keep two records apart."""
 

@@ -1,0 +1,52 @@
+"""What does a YAML file of settings hold, and are its values of the wanted types?"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+from copra_llm.errors import InputError
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The `name: value` entries of a YAML file.
+
+    Raises:
+        InputError: if the file is missing, is no YAML, or holds something else.
+    """
+    # Here, since what only parses flags should start without it.
+    import yaml
+
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give a YAML file of settings")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(f"{path}{f', line {mark.line + 1}' if mark else ''} is not YAML; mend it") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); give a YAML file of settings") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}, but must hold `name: value` lines")
+    return values
+
+
+def typed(path: Path, key: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type; YAML reads `1e-3` as text and `1` as an integer, and both may mean a float."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    kind = kinds[0]
+    if get_origin(kind) is list:
+        entries = value if isinstance(value, list) else [value]
+        return [typed(path, key, entry, get_args(kind)[0]) for entry in entries]
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    elif kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise InputError(f"{path}: {key} is {value!r}, but must be of type {kind.__name__}")
