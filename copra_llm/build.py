@@ -11,10 +11,11 @@ from torch import Tensor
 from copra_llm.adapters import AdapterWeights, LoraFactors, load_adapter_weights
 from copra_llm.batches import EncodedSplit, encode_split
 from copra_llm.classifiers import Classifier, build_classifier, make_head, read_heads
-from copra_llm.config import DataSettings, PartSettings, RunConfig
+from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.models import Base, add_adapter, load_adapter, load_base
 from copra_llm.paths import data_root
+from copra_llm.settings import DataSettings, PartSettings
 from copra_llm.shards import shards
 from copra_llm.tasks.mtl15 import SPLITS, Example, Task, get_task, load_split
 

@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 
 from copra_llm.adapters import WEIGHTS_FILE
 from copra_llm.classifiers import read_heads
-from copra_llm.config import WITHOUT_EFFECT, RunConfig, dump_yaml
+from copra_llm.config import RunConfig, dump_yaml
 from copra_llm.errors import InputError
 from copra_llm.results import atomic_folder, write_atomic
 from copra_llm.saved_runs import CONFIG, RESULT, checkpoint_folder
+from copra_llm.settings import WITHOUT_EFFECT
 
 PREEMPTED = "PREEMPTED"
 """The file that says that a run was stopped."""

@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from copra_llm.config import LoraSettings, ModelSettings
 from copra_llm.errors import InputError, nearest
 from copra_llm.paths import cache_dir
 from copra_llm.results import atomic_folder
+from copra_llm.settings import LoraSettings, ModelSettings
 
 
 @dataclass(frozen=True)

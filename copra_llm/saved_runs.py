@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from copra_llm.adapters import RUN_FOLDER, AdapterWeights, adapter_folder, load_adapter_weights
-from copra_llm.config import WITHOUT_EFFECT, RunConfig, read_settings
+from copra_llm.config import RunConfig, read_settings
 from copra_llm.errors import InputError
 from copra_llm.results import Result, read_result
+from copra_llm.settings import WITHOUT_EFFECT
 
 CONFIG, RESULT = "config.yaml", "result.json"
 ADAPTER = RUN_FOLDER

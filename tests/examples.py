@@ -13,9 +13,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from copra_llm.adapters import AdapterWeights, LoraFactors, save_adapter_weights
-from copra_llm.config import LoraSettings, ModelSettings, RunConfig, dump_yaml
+from copra_llm.config import RunConfig, dump_yaml
 from copra_llm.gates import base_name
 from copra_llm.models import add_adapter, load_base
+from copra_llm.settings import LoraSettings, ModelSettings
 
 BASE = "owner/blocks"
 SHAPES = {"q_proj": (8, 6), "v_proj": (4, 6), "o_proj": (6, 8)}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from copra_llm.classifiers import build_classifier, make_head, mean_pool, read_heads
-from copra_llm.config import LoraSettings, ModelSettings
 from copra_llm.errors import InputError
 from copra_llm.models import add_adapter, load_base
+from copra_llm.settings import LoraSettings, ModelSettings
 from copra_llm.tasks.mtl15 import Example, Task, get_task
 
 # Float32 sums in another order: single scores of some 30 nats agree to 1e-5 here, ten times less than this.

@@ -15,12 +15,13 @@ from torch import nn
 from copra_llm.adapters import load_adapter_weights
 from copra_llm.classifiers import LabelWordClassifier
 from copra_llm.coalitions import CoalitionGame, consecutive_groups
-from copra_llm.config import LoraSettings, ModelSettings, RunConfig
+from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.evaluate import evaluate
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.ledger import Ledger, RecordedGame, identity
 from copra_llm.models import add_adapter, load_base
+from copra_llm.settings import LoraSettings, ModelSettings
 
 EXAMPLES, BATCH = 5, 2
 BATCHES = 3

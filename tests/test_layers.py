@@ -12,7 +12,19 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
-    ["config", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates", "errors", "yaml_file"],
+    [
+        "settings",
+        "config",
+        "paths",
+        "schedule",
+        "masks",
+        "shapley",
+        "shards",
+        "results",
+        "estimates",
+        "errors",
+        "yaml_file",
+    ],
     ["adapters", "gates", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"],
     ["merge", "prune", "quantise", "build", "similarity"],
     ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]

@@ -14,10 +14,10 @@ from examples import tiny_adapter, write_gguf
 from huggingface_hub import constants
 
 from copra_llm import models
-from copra_llm.config import LoraSettings, ModelSettings
 from copra_llm.errors import InputError
 from copra_llm.gates import LayerGates
 from copra_llm.models import PACKAGED, add_adapter, load_adapter, load_base, resolve, target_modules
+from copra_llm.settings import LoraSettings, ModelSettings
 
 NOBODY = "http://127.0.0.1:9"
 """The discard port, on which nobody listens."""

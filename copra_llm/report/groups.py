@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from copra_llm.config import WITHOUT_EFFECT, PartSettings
 from copra_llm.estimates import Estimate, seed_estimate
 from copra_llm.results import Result
+from copra_llm.settings import WITHOUT_EFFECT, PartSettings
 
 ORDER = ("lora", "coto", "copra")
 NAMES = {"lora": "LoRA", "copra": "CopRA", "coto": "CoTo"}

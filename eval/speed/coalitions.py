@@ -25,11 +25,12 @@ import torch
 
 from copra_llm.adapters import AdapterWeights, load_adapter_weights
 from copra_llm.coalitions import CoalitionGame
-from copra_llm.config import LoraSettings, ModelSettings, RunConfig
+from copra_llm.config import RunConfig
 from copra_llm.errors import exit_on_input_error
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.models import add_adapter, load_base
 from copra_llm.results import Result, peak_memory_bytes, write_result
+from copra_llm.settings import LoraSettings, ModelSettings
 from copra_llm.shapley import approximate
 
 HERE = Path(__file__).parent

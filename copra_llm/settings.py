@@ -1,0 +1,247 @@
+"""Which settings does a run have, in which units, and which of them contradict each other?
+
+Each group is a frozen dataclass owned by the part that reads it. The flags bear the names that users of
+transformers, PEFT and TRL know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from copra_llm.errors import InputError, nearest
+from copra_llm.schedule import METHODS, Schedule
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field whose help text serves both `--help` and the reader."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    model_name_or_path: str = setting("minilm", "Hub id, folder, .gguf file, or a packaged model: minilm, smollm2.")
+    dtype: str = setting("float32", "Type the frozen base is loaded in: float32, bfloat16 or float16.")
+    attn_implementation: str | None = setting(None, "sdpa, eager, flash_attention_2, ...; unset: the model's default.")
+    trust_remote_code: bool = setting(False, "Run code that comes with a Hub model.")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    lora_r: int = setting(8, "Rank of each adapter.")
+    lora_alpha: float = setting(16, "Scaling numerator: scaling = alpha / r (alpha / sqrt(r) with rsLoRA).")
+    lora_dropout: float = setting(0.0, "Dropout on the adapter's input, in [0, 1).")
+    lora_target_modules: list[str] = setting(
+        ["qkv"], 'Module names; "qkv": the attention\'s query, key and value; "all-linear": every linear layer.'
+    )
+    lora_layers_to_transform: list[int] | None = setting(
+        None, "Adapt these transformer blocks alone, by their index (in every tower); unset: all."
+    )
+    use_rslora: bool = setting(False, "Rank-stabilised scaling.")
+    use_dora: bool = setting(False, "Weight-decomposed LoRA (DoRA).")
+
+    def __post_init__(self):
+        if self.lora_r < 1:
+            raise InputError(f"--lora_r is {self.lora_r}, but a rank must be at least 1")
+        if not 0.0 < self.lora_alpha < math.inf:
+            raise InputError(f"--lora_alpha is {self.lora_alpha}, but must be positive")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise InputError(f"--lora_dropout is {self.lora_dropout}, but must lie in [0, 1)")
+        if not self.lora_target_modules:
+            raise InputError("--lora_target_modules is empty; name at least one module")
+        layers = self.lora_layers_to_transform
+        if layers is not None and (not layers or min(layers) < 0):
+            raise InputError(f"--lora_layers_to_transform is {layers}, but must name at least one block, from 0 on")
+        if layers is not None and self.lora_target_modules == ["all-linear"]:
+            raise InputError("--lora_layers_to_transform needs modules by name; name them in --lora_target_modules")
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied with."""
+        return self.lora_alpha / (math.sqrt(self.lora_r) if self.use_rslora else self.lora_r)
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    method: str = setting("copra", "lora, copra or coto: presets of the four settings below.")
+    p_start: float | None = setting(None, "Activation probability at step 0; unset: the method's.")
+    p_end: float | None = setting(None, "Activation probability after the ramp; unset: the method's.")
+    ramp_fraction: float | None = setting(None, "Fraction of the steps spent ramping, in (0, 1]; unset: the method's.")
+    ramp_shape: str | None = setting(None, "linear, exponential, cosine, constant or reversed; unset: the method's.")
+    granularity: str = setting("layer", "What one gate switches: layer (a transformer block) or module.")
+    layer_pattern: str | None = setting(None, "Regular expression whose match ends a layer's name; unset: an integer.")
+
+    def __post_init__(self):
+        self.schedule()
+        if self.granularity not in ("layer", "module"):
+            raise InputError(f"--granularity is {self.granularity!r}, but must be layer or module")
+        try:
+            re.compile(self.layer_pattern or "")
+        except re.error as error:
+            raise InputError(
+                f"--layer_pattern is {self.layer_pattern!r}, which is no regular expression: {error}"
+            ) from None
+
+    def schedule(self) -> Schedule:
+        """The method's schedule with the settings that were given in its place."""
+        if self.method not in METHODS:
+            raise InputError(f"--method is {self.method!r}, but must be one of {', '.join(METHODS)}")
+        given = {"p_start": self.p_start, "p_end": self.p_end, "ramp_fraction": self.ramp_fraction}
+        given = {key: value for key, value in given.items() if value is not None}
+        if self.ramp_shape is not None:
+            given["shape"] = self.ramp_shape
+        return dataclasses.replace(METHODS[self.method], **given)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    tasks: list[str] = setting(["sst2"], "Tasks of the benchmark; each gets its own adapter unless --joint.")
+    joint: bool = setting(False, "Train one adapter on all the tasks together.")
+    data_root: str | None = setting(
+        None, 'The benchmark\'s folder, "sample" (ships with the package) or "hub"; unset: $COPRA_DATA, else sample.'
+    )
+    max_length: int = setting(128, "Longest input in tokens; longer ones are cut in their longest text field.")
+    max_train_samples: int | None = setting(None, "Use this many training examples; unset: all.")
+    max_eval_samples: int | None = setting(None, "Use this many dev and test examples each; unset: all.")
+    head: str = setting("auto", "Encoders' fixed head: label_words, random, or auto (see the README).")
+    train_head: bool = setting(False, "Train the encoder's head too; adapters with unequal heads cannot be merged.")
+    head_seed: int = setting(0, "Seed of a random head; runs whose adapters are to be merged must share it.")
+
+    def __post_init__(self):
+        if not self.tasks:
+            raise InputError("--tasks is empty; name at least one task")
+        twice = next((task for i, task in enumerate(self.tasks) if task in self.tasks[:i]), None)
+        if twice is not None:
+            raise InputError(f"--tasks names {twice} twice; name each task once")
+        for name in ("max_length", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} is {value}, but must be at least 1")
+
+
+@dataclass(frozen=True)
+class PartSettings:
+    """Which part a run is of something larger: of the training data, and of a longer run."""
+
+    num_clients: int = setting(1, "Divide the training data among this many clients of federated learning, ...")
+    client: int = setting(0, "... and train on the share of this one, counted from 0.")
+    client_split: str = setting("iid", "How the data are divided: iid, or dirichlet (each client favours some labels).")
+    dirichlet_beta: float = setting(0.5, "Concentration of the dirichlet split: small, and a client sees few labels.")
+    split_seed: int = setting(0, "Seed of the division; the same for all its clients.")
+    schedule_span: list[float] = setting(
+        [0.0, 1.0],
+        "Start and end in [0, 1] of this run within a longer one: p(t), learning rate, masks and data order go on.",
+    )
+    init_adapter: str | None = setting(
+        None, "Start from this saved adapter's weights (ranks and targets must be the same); unset: from fresh ones."
+    )
+
+    def __post_init__(self):
+        if self.num_clients < 1:
+            raise InputError(f"--num_clients is {self.num_clients}, but must be at least 1")
+        if not 0 <= self.client < self.num_clients:
+            raise InputError(f"--client is {self.client}, but --num_clients {self.num_clients} leaves 0 to "
+                             f"{self.num_clients - 1}")  # fmt: skip
+        if self.client_split not in CLIENT_SPLITS:
+            hint = nearest(self.client_split, CLIENT_SPLITS)
+            raise InputError(f'--client_split is "{self.client_split}"{hint}, but must be iid or dirichlet')
+        if not 0.0 < self.dirichlet_beta < math.inf:
+            raise InputError(f"--dirichlet_beta is {self.dirichlet_beta}, but must be positive")
+        if not 0 <= self.split_seed < 2**64:
+            raise InputError(f"--split_seed is {self.split_seed}, but must lie in [0, 2**64)")
+        if len(self.schedule_span) != 2 or not 0.0 <= self.schedule_span[0] < self.schedule_span[1] <= 1.0:
+            raise InputError(f"--schedule_span is {self.schedule_span}, but must be a start and a later end in [0, 1]")
+
+    def span_in_steps(self, steps: int) -> tuple[int, int]:
+        """`(first, whole)`: this run's `steps` are the steps `first ... first + steps - 1` of a run of `whole`."""
+        start, end = self.schedule_span
+        whole = round(steps / (end - start))
+        return round(start * whole), whole
+
+
+CLIENT_SPLITS = ("iid", "dirichlet")
+"""Ways to divide the training data among clients; `shards.py` says how."""
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+              "inverse_sqrt")  # fmt: skip
+"""Those of transformers.get_scheduler that need nothing beyond the numbers of steps."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    output_dir: str = setting("runs", "Where OUTPUT/<task>/ is written.")
+    max_steps: int = setting(-1, "Optimizer steps; -1: --num_train_epochs decides.")
+    num_train_epochs: float = setting(3.0, "Passes over the training data, if --max_steps is -1.")
+    per_device_train_batch_size: int = setting(16, "Examples a device takes in one forward pass.")
+    per_device_eval_batch_size: int = setting(64, "Examples a device takes in one evaluation pass.")
+    gradient_accumulation_steps: int = setting(1, "Forward passes to one optimizer step; they share one mask.")
+    learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = setting("cosine", f"One of {', '.join(SCHEDULERS)}.")
+    warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.")
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm (of the active layers); 0: never.")
+    bf16: bool = setting(False, "Mixed precision in bfloat16.")
+    fp16: bool = setting(False, "Mixed precision in float16 (needs a GPU).")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    seed: int = setting(0, "Feeds the three seeds below where they are unset.")
+    init_seed: int | None = setting(None, "Seed of the adapter's initialisation.")
+    data_seed: int | None = setting(None, "Seed of the data order and of dropout.")
+    mask_seed: int | None = setting(None, "Seed of the masks.")
+    logging_steps: int = setting(10, "Optimizer steps between log entries.")
+    eval_steps: int | None = setting(None, "Optimizer steps between evaluations on dev; unset: at the end only.")
+    save_steps: int | None = setting(None, "Optimizer steps between checkpoints; unset: at --checkpoint_at only.")
+    save_total_limit: int | None = setting(None, "Keep this many of the newest --save_steps checkpoints; unset: all.")
+    checkpoint_at: list[float] = setting(
+        [0.25], "Keep the adapter at these fractions of the run; 0.25 is the paper's Early CopRA."
+    )
+    resume_from_checkpoint: str | None = setting(
+        None, 'A checkpoint folder, or "latest": the newest one of each run, if there is one.'
+    )
+    max_nonfinite_steps: int = setting(10, "Stop after this many steps whose loss was not finite.")
+    metrics: list[str] = setting([], "More metrics, by evaluate's names or script paths: f1, matthews_correlation.")
+    report_to: list[str] = setting([], "Trackers: tensorboard, wandb.")
+
+    def __post_init__(self):
+        positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*positive, "logging_steps", "max_nonfinite_steps", "eval_steps", "save_steps", "save_total_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} is {value}, but must be at least 1")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise InputError(f"--max_steps is {self.max_steps}, but must be at least 1 (or -1: by --num_train_epochs)")
+        for name in ("learning_rate", "num_train_epochs"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise InputError(f"--{name} is {getattr(self, name)}, but must be positive")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "init_seed", "data_seed", "mask_seed"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise InputError(f"--{name} is {value}, but must not be negative")
+            if name.endswith("seed") and value is not None and value >= 2**64:
+                raise InputError(f"--{name} is {value}, but a seed must be less than 2**64")
+        if self.lr_scheduler_type not in SCHEDULERS:
+            hint, known = nearest(self.lr_scheduler_type, SCHEDULERS), ", ".join(SCHEDULERS)
+            raise InputError(f'--lr_scheduler_type is "{self.lr_scheduler_type}"{hint}, but must be one of {known}')
+        if any(not 0.0 < fraction <= 1.0 for fraction in self.checkpoint_at):
+            raise InputError(f"--checkpoint_at is {self.checkpoint_at}, but fractions must lie in (0, 1]")
+        if self.bf16 and self.fp16:
+            raise InputError("--bf16 and --fp16 were both given; choose one")
+
+    @property
+    def mixed_precision(self) -> str:
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+
+    def seed_of(self, stream: str) -> int:
+        """The seed of "init", "data" or "mask"."""
+        own = getattr(self, f"{stream}_seed")
+        return self.seed if own is None else own
+
+
+WITHOUT_EFFECT = frozenset({
+    "output_dir", "data_root", "resume_from_checkpoint", "report_to", "logging_steps", "eval_steps", "save_steps",
+    "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "metrics",
+})  # fmt: skip
+"""Settings on which the trained adapter does not depend."""
