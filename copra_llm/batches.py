@@ -31,14 +31,22 @@ def window_batches(n: int, batch_size: int) -> int:
 class EncodedSplit:
     """One split of one task, tokenised."""
 
-    task: Task
+    task: Any
+    """What has the task's name."""
     encoded: list[Any]
     labels: list[int]
     lengths: np.ndarray
     """Tokens of each example `(n,)`."""
+    targets: np.ndarray | None = None
+    """Trained tokens of each example `(n,)`, where the loss is a mean over tokens and not over examples."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def scale(self) -> float:
+        """What an example's summed loss is multiplied with, so that the mean over examples is the split's loss."""
+        return 1.0 if self.targets is None else len(self) / float(self.targets.sum())
 
 
 def encode_split(classifier, task: Task, examples: list[Example]) -> EncodedSplit:

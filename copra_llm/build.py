@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -12,11 +12,14 @@ from copra_llm.adapters import AdapterWeights, LoraFactors, load_adapter_weights
 from copra_llm.batches import EncodedSplit, encode_split
 from copra_llm.classifiers import Classifier, build_classifier, make_head, read_heads
 from copra_llm.config import RunConfig
+from copra_llm.conversations import InstructTask, encode_conversations, read_conversations
 from copra_llm.errors import InputError
+from copra_llm.language_model import LanguageModel, refuse_leaking_packs
 from copra_llm.models import Base, add_adapter, load_adapter, load_base
 from copra_llm.paths import data_root
 from copra_llm.settings import DataSettings, PartSettings
 from copra_llm.shards import shards
+from copra_llm.tasks.instruct.lengths import Counts
 from copra_llm.tasks.mtl15 import SPLITS, Example, Task, get_task, load_split
 
 AUTO_HEAD = "label_words"
@@ -28,10 +31,12 @@ class Workbench:
     """Everything a run works with; training replaces the classifier by its prepared form."""
 
     base: Base
-    classifier: Classifier
-    tasks: list[Task]
+    classifier: Classifier | LanguageModel
+    tasks: list[Task] | list[InstructTask]
     splits: dict[str, dict[str, EncodedSplit]]
     """`{split: {task: examples}}`."""
+    counts: dict[str, Counts] = field(default_factory=dict)
+    """What became of the records of each split, where some may be cut or dropped."""
 
 
 def build(
@@ -42,6 +47,8 @@ def build(
     Raises:
         InputError: for whatever is wrong with the names, data, model or adapter.
     """
+    if tasks == [InstructTask.name]:
+        return _build_conversations(config, adapter, splits)
     chosen = [get_task(name) for name in tasks]
     examples = {split: {task.name: load_examples(config, task, split) for task in chosen} for split in splits}
     start = None
@@ -68,6 +75,21 @@ def build(
         for split, per_task in examples.items()
     }
     return Workbench(base, classifier, chosen, encoded)
+
+
+def _build_conversations(config: RunConfig, adapter: Path | None, splits: tuple[str, ...]) -> Workbench:
+    conversations = read_conversations(config, splits)
+    base = load_base(config.model)
+    encoded, counts = encode_conversations(conversations, base.tokenizer, config)
+    if config.instruct.packing and "train" in splits:
+        refuse_leaking_packs(base)
+    if adapter is None:
+        model = add_adapter(base, config.lora, config.train.seed_of("init"))
+        if config.part.init_adapter is not None:
+            start_from(model, load_adapter_weights(config.part.init_adapter), config.lora.scaling)
+    else:
+        model = load_adapter(base, adapter)
+    return Workbench(base, LanguageModel(base, model), [InstructTask()], encoded, counts)
 
 
 def fixed_head(base: Base, task: Task, settings: DataSettings) -> Tensor:

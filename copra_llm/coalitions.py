@@ -21,7 +21,7 @@ import torch
 from copra_llm.adapters import AdapterWeights
 from copra_llm.batches import EncodedSplit, eval_loader
 from copra_llm.errors import InputError
-from copra_llm.evaluate import evaluate, graded, scoring
+from copra_llm.evaluate import evaluate, scoring
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.gates import LayerGates
 from copra_llm.prefixes import NotShareable, SharedBlocks
@@ -175,8 +175,8 @@ class CoalitionGame:
                 index = batch.pop("index").numpy()
                 batch = self._to_device(batch)
                 for i, scores in enumerate(shared.scores(batch, masks)):
-                    losses, answers = graded(scores, batch["labels"])
-                    nll[i, index] = losses.cpu().numpy()
+                    losses, answers = self.classifier.graded(scores, batch["labels"])
+                    nll[i, index] = losses.cpu().numpy() * split.scale
                     correct[i, index] = (answers == batch["labels"]).cpu().numpy()
         return Outcomes(correct, nll)
 
@@ -252,6 +252,7 @@ def take(split: EncodedSplit, examples: Sequence[int]) -> EncodedSplit:
         encoded=[split.encoded[i] for i in examples],
         labels=[split.labels[i] for i in examples],
         lengths=split.lengths[examples],
+        targets=None if split.targets is None else split.targets[examples],
     )
 
 

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from copra_llm.errors import InputError, nearest
-from copra_llm.settings import DataSettings, LoraSettings, ModelSettings, PartSettings, ScheduleSettings, TrainSettings
+from copra_llm.settings import (
+    DataSettings,
+    InstructSettings,
+    LoraSettings,
+    ModelSettings,
+    PartSettings,
+    ScheduleSettings,
+    TrainSettings,
+)
 from copra_llm.yaml_file import read_yaml, typed
 
 
@@ -29,10 +37,13 @@ class RunConfig:
     data: DataSettings = field(default_factory=DataSettings)
     part: PartSettings = field(default_factory=PartSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    instruct: InstructSettings | None = None
+    """Of runs on conversations alone."""
 
     def flat(self) -> dict[str, Any]:
         """The settings under the flags' names, as `config.yaml` and the result record hold them."""
-        return {k: v for group in dataclasses.fields(self) for k, v in vars(getattr(self, group.name)).items()}
+        groups = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        return {k: v for group in groups if group is not None for k, v in vars(group).items()}
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> RunConfig:
@@ -41,14 +52,15 @@ class RunConfig:
         Raises:
             InputError: for a name that is no setting.
         """
-        names = [f.name for group in _groups() for f in dataclasses.fields(group)]
+        names = [f.name for group in ALL for f in dataclasses.fields(group)]
         unknown = next((name for name in values if name not in names), None)
         if unknown is not None:
             raise InputError(f'there is no setting "{unknown}"{nearest(unknown, names)}')
         parts = {}
-        for group in dataclasses.fields(cls):
-            kind = group.default_factory
-            parts[group.name] = kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
+        for part, kind in zip(dataclasses.fields(cls), ALL, strict=True):
+            own = {f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}
+            if own or kind in COMMON:
+                parts[part.name] = kind(**own)
         return cls(**parts)
 
     def replace(self, **changes: Any) -> RunConfig:
@@ -56,8 +68,20 @@ class RunConfig:
         return self.from_flat(self.flat() | changes)
 
 
-def parse_run_config(argv: list[str] | None = None, description: str | None = None) -> RunConfig:
+COMMON = (ModelSettings, LoraSettings, ScheduleSettings, DataSettings, PartSettings, TrainSettings)
+"""The groups of every run, in the order of `RunConfig`."""
+ALL = (*COMMON, InstructSettings)
+
+
+def parse_run_config(
+    argv: list[str] | None = None, description: str | None = None, groups: tuple[type, ...] = COMMON
+) -> RunConfig:
     """Read a recipe's command line.
+
+    Args:
+        argv: the words; None: those of the process.
+        description: of the recipe, for `--help`.
+        groups: of settings the recipe has, the first ones of `ALL`.
 
     Raises:
         InputError: for an unknown flag or key, a value of the wrong kind, or settings that contradict.
@@ -65,7 +89,6 @@ def parse_run_config(argv: list[str] | None = None, description: str | None = No
     from transformers import HfArgumentParser
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    groups = _groups()
     parser = HfArgumentParser(groups, description=description, allow_abbrev=False, exit_on_error=False)
     parser.error = _raise_input_error
     parser.add_argument("--config", metavar="FILE", help="Flat YAML with the names below; flags win over it.")
@@ -80,7 +103,7 @@ def parse_run_config(argv: list[str] | None = None, description: str | None = No
         raise
     except (ValueError, TypeError, argparse.ArgumentError) as error:
         raise InputError(f"command line: {error}; see --help") from None
-    return RunConfig(**dict(zip((group.name for group in dataclasses.fields(RunConfig)), parts, strict=True)))
+    return RunConfig(**dict(zip((part.name for part in dataclasses.fields(RunConfig)), parts, strict=False)))
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -114,10 +137,6 @@ def _flag_value(argv: list[str], name: str) -> str | None:
     return None
 
 
-def _groups() -> list[type]:
-    return [group.default_factory for group in dataclasses.fields(RunConfig)]
-
-
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a flat YAML file, each of its field's type.
 
@@ -133,7 +152,7 @@ def typed_settings(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: for an unknown name or a value of the wrong type.
     """
-    types = {name: hint for group in _groups() for name, hint in get_type_hints(group).items()}
+    types = {name: hint for group in ALL for name, hint in get_type_hints(group).items()}
     for key in values:
         if key not in types:
             raise InputError(f'{path}: there is no setting "{key}"{nearest(str(key), types)}')

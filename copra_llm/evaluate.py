@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from copra_llm.batches import EncodedSplit, eval_loader
 from copra_llm.errors import InputError
@@ -29,11 +28,13 @@ class Evaluation:
     correct: np.ndarray
     """bool `(n,)`."""
     nll: np.ndarray
-    """-log softmax(scores)[gold] in nats, float64 `(n,)`."""
+    """-log softmax(scores)[gold] in nats, float64 `(n,)`; of conversations each one's part in the loss."""
     predicted: np.ndarray
     """Label ids `(n,)`."""
     labels: np.ndarray
     """Gold label ids `(n,)`."""
+    tokens: int | None = None
+    """Trained tokens over which the loss is a mean; None: it is one over examples."""
 
     @property
     def accuracy(self) -> float:
@@ -48,6 +49,8 @@ class Evaluation:
     def metrics(self, prefix: str, more: Metrics | None = None) -> dict[str, float]:
         """`{prefix}/accuracy`, `{prefix}/loss` and those of `more`, for a result record."""
         values = {"accuracy": self.accuracy, "loss": self.loss}
+        if self.tokens is not None:
+            values |= {"perplexity": float(np.exp(self.loss)), "tokens": self.tokens}
         for name, metric in (more or {}).items():
             # Macro averaging is the only kind that is defined for any number of labels.
             options = {"average": "macro"} if name in ("f1", "precision", "recall") else {}
@@ -90,18 +93,20 @@ def evaluate(accelerator: Accelerator, classifier, split: EncodedSplit, batch_si
         split: the examples.
         batch_size: examples a process takes in one forward pass.
     """
-    loader = accelerator.prepare_data_loader(eval_loader(accelerator.unwrap_model(classifier), split, batch_size))
+    own = accelerator.unwrap_model(classifier)
+    loader = accelerator.prepare_data_loader(eval_loader(own, split, batch_size))
     labels = np.array(split.labels)
     nll = np.zeros(len(split))
     predicted = np.zeros(len(split), dtype=int)
     with scoring(accelerator, classifier):
         for batch in loader:
             index = batch.pop("index")
-            losses, answers = graded(classifier(batch, scores=True), batch["labels"])
+            losses, answers = own.graded(classifier(batch, scores=True), batch["labels"])
             index, losses, answers = accelerator.gather_for_metrics((index, losses, answers))
             index = index.cpu().numpy()
             predicted[index], nll[index] = answers.cpu().numpy(), losses.cpu().numpy()
-    return Evaluation(predicted == labels, nll, predicted, labels)
+    tokens = None if split.targets is None else int(split.targets.sum())
+    return Evaluation(predicted == labels, nll * split.scale, predicted, labels, tokens)
 
 
 @contextmanager
@@ -114,9 +119,3 @@ def scoring(accelerator: Accelerator, classifier) -> Iterator[None]:
             yield
     finally:
         classifier.train(was_training)
-
-
-def graded(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `scores (batch, labels)`: -log softmax(scores)[gold] in nats, float64 `(batch,)`; the answers `(batch,)`."""
-    scores = scores.double()
-    return torch.nn.functional.cross_entropy(scores, labels, reduction="none"), scores.argmax(-1)

@@ -164,6 +164,32 @@ class PartSettings:
         return round(start * whole), whole
 
 
+@dataclass(frozen=True)
+class InstructSettings:
+    """Conversations to train on; of `recipes/train_instruct.py`."""
+
+    dataset_name: list[str] = setting(
+        [], "Training data: files, folders or Hub ids, each with an optional :weight, or a YAML file that lists them."
+    )
+    dataset_format: str | None = setting(
+        None, "messages, sharegpt, prompt_completion, alpaca, dolly, question_answer or text; unset: by the columns."
+    )
+    eval_dataset_name: list[str] = setting([], "Dev data, as above; unset: --dev_size of the training examples.")
+    test_dataset_name: list[str] = setting([], "Test data, as above; unset: none.")
+    dev_size: int = setting(200, "Training examples held out as dev data where no --eval_dataset_name is given.")
+    dev_seed: int = setting(0, "Seed of which examples are held out; runs that are compared must share it.")
+    chat_template: str | None = setting(None, "chatml, plain, alpaca, or a file; unset: the tokenizer's own.")
+    train_on: str = setting("all", "Which of the assistant's turns are trained: all, or the last.")
+    too_long: str = setting("cut", "What happens to examples above --max_length: cut, or drop.")
+    packing: bool = setting(False, "Fill rows of --max_length tokens with several examples, kept apart.")
+
+    def __post_init__(self):
+        if not self.dataset_name:
+            raise InputError("--dataset_name is empty; name a file, folder or Hub id with training data")
+        if self.dev_size < 1:
+            raise InputError(f"--dev_size is {self.dev_size}, but must be at least 1")
+
+
 CLIENT_SPLITS = ("iid", "dirichlet")
 """Ways to divide the training data among clients; `shards.py` says how."""
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",

@@ -18,6 +18,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -87,8 +88,10 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
 
     metrics: dict[str, float] = {}
     data: dict[str, Any] = {"log": progress.log, "dev": progress.dev, "skipped_steps": progress.skipped}
+    if bench.counts:
+        data["records"] = {split: vars(counts) for split, counts in bench.counts.items()}
     for split in ("dev", "test"):
-        for task, examples in bench.splits[split].items():
+        for task, examples in bench.splits.get(split, {}).items():
             outcome = evaluate(accelerator, bench.classifier, examples, config.train.per_device_eval_batch_size)
             metrics |= outcome.metrics(f"{split}/{task}", more_metrics)
             data[f"correct/{split}/{task}"] = pack_bits(outcome.correct)
@@ -153,9 +156,9 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
             mask = sample_mask(p, gates.num_layers, seed=settings.seed_of("mask"), step=now)
             _seed_noise(settings.seed_of("data"), now, accelerator.process_index)
             with gates.applied(mask):
-                for _ in range(settings.gradient_accumulation_steps):
+                for batch in next_step(accelerator, batches, settings.gradient_accumulation_steps):
                     with accelerator.accumulate(classifier):
-                        loss = classifier(next(batches))
+                        loss = classifier(batch)
                         accelerator.backward(loss)
                         logged.add(loss)
                         if accelerator.sync_gradients:
@@ -193,6 +196,20 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
 
 
 # --- parts of the loop ------------------------------------------------------------------------------------
+
+
+def next_step(accelerator: Accelerator, batches: Iterator[dict], count: int) -> list[dict]:
+    """The micro-batches of one optimizer step.
+
+    Where losses are means over trained tokens, all of them, on all processes, are divided by the same number, so that
+    a token counts the same wherever it stands.
+    """
+    step = [next(batches) for _ in range(count)]
+    if "trained" in step[0] and count * accelerator.num_processes > 1:
+        items = torch.tensor(float(sum(len(batch["trained"]) for batch in step)), device=accelerator.device)
+        items = accelerator.reduce(items, reduction="sum") / (count * accelerator.num_processes)
+        step = [batch | {"items": items} for batch in step]
+    return step
 
 
 class _FiniteWatch:
@@ -292,7 +309,11 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
                          f"wants {settings.mixed_precision}; start a process for it")  # fmt: skip
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        # A step's micro-batches are all read before the first is used, the run's last ones too: that the data are at
+        # their end must not end the accumulation.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=settings.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         log_with=settings.report_to or None,
         project_dir=str(folder),
         step_scheduler_with_optimizer=False,

@@ -25,7 +25,8 @@ ROWS = [
         "errors",
         "yaml_file",
     ],
-    ["adapters", "gates", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"],
+    ["adapters", "gates", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
+    + ["packing", "linear_loss", "language_model", "conversations"],
     ["merge", "prune", "quantise", "build", "similarity"],
     ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
     + ["prefixes", "coalitions", "ledger"],

@@ -22,13 +22,20 @@ def fresh_output(name: str) -> Path:
 
 def add_data_arguments(parser: argparse.ArgumentParser, task_required: bool = True) -> None:
     """The flags that say which examples an adapter is evaluated on."""
-    parser.add_argument("--task", required=task_required, help="task of MTL15, e.g. sst2")
+    parser.add_argument("--task", required=task_required, help='task of MTL15, e.g. sst2; or "instruct"')
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"))
     parser.add_argument("--data_root", "--data-root", help='the folder of MTL15, "sample" or "hub"; unset: $COPRA_DATA')
+    parser.add_argument(
+        "--dataset_name", "--dataset-name", nargs="+", help="with --task instruct: conversations; unset: the run's own"
+    )
+    parser.add_argument("--chat_template", "--chat-template", help="with --task instruct; unset: as in training")
     parser.add_argument("--max_length", "--max-length", type=int, help="tokens; unset: as in training")
     parser.add_argument("--max_eval_samples", "--max-eval-samples", type=int)
     parser.add_argument("--per_device_eval_batch_size", "--per-device-eval-batch-size", type=int, default=64)
     parser.add_argument("--model_name_or_path", "--model-name-or-path", help="unset: the base that the adapter names")
+
+
+_SPLIT_FLAGS = {"train": "", "dev": "eval_", "test": "test_"}
 
 
 def config_of(path: str, weights, args: argparse.Namespace):
@@ -39,8 +46,10 @@ def config_of(path: str, weights, args: argparse.Namespace):
     base_model = args.model_name_or_path or weights.base_model
     if not base_model:
         raise InputError(f"{weights.source} does not say which base model it is for; give --model_name_or_path")
-    changes = {"model_name_or_path": base_model}
-    for name in ("data_root", "max_length", "max_eval_samples", "per_device_eval_batch_size"):
+    changes: dict = {"model_name_or_path": base_model}
+    if args.dataset_name is not None:
+        changes |= {"dataset_name": args.dataset_name, f"{_SPLIT_FLAGS[args.split]}dataset_name": args.dataset_name}
+    for name in ("data_root", "chat_template", "max_length", "max_eval_samples", "per_device_eval_batch_size"):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
     return config.replace(**changes)

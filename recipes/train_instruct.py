@@ -1,0 +1,33 @@
+"""Train a LoRA adapter of a causal language model on conversations, with CopRA, CoTo or plain LoRA.
+
+    accelerate launch recipes/train_instruct.py --model_name_or_path smollm2 --dataset_name alpaca.jsonl \\
+        --max_length 512 --packing --max_steps 500 --output_dir runs/alpaca
+
+Writes OUTPUT/{adapter,result.json,config.yaml,checkpoint-*}. `copra data check FILE` says what is in the data, and
+`--help` lists every setting.
+"""
+
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+
+from copra_llm.config import ALL, parse_run_config
+from copra_llm.errors import exit_on_input_error
+from copra_llm.train import train_adapter
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> int:
+    config = parse_run_config(argv, description=__doc__, groups=ALL)
+    result = train_adapter(config, ["instruct"], Path(config.train.output_dir))
+    if PartialState().is_main_process:
+        for split, counts in result.data["records"].items():
+            print(f"{split}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
+        for name, value in result.metrics.items():
+            print(f"{name}: {value:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
