@@ -21,6 +21,7 @@ from instruct_templates import (
     sentencepiece_tokenizer,
     smollm2_tokenizer,
 )
+from tokenizers import processors
 
 from copra_llm.errors import InputError
 from copra_llm.models import load_tokenizer
@@ -295,6 +296,14 @@ def test_words_that_begin_with_a_mark_and_characters_in_bytes():
     assert pieces[-6:-1] == ["<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "<0x0A>"]
 
 
+def test_white_space_belongs_to_the_answer_where_offsets_are_trimmed():
+    """GPT-2's and Llama 3's post-processor takes it off the offsets: a line break would belong to nothing."""
+    tokenizer = smollm2_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    example = Encoder(tokenizer).encode(Text("Say:", "\n\nyes\n\n", "f"))
+    assert trained_runs(example, tokenizer) == ["\n\nyes\n\n" + tokenizer.eos_token]
+
+
 def test_what_no_tokenizer_takes(tokenizer, tiny_bert):
     class Slow:
         is_fast = False
@@ -302,7 +311,7 @@ def test_what_no_tokenizer_takes(tokenizer, tiny_bert):
     with pytest.raises(InputError, match="is a slow one"):
         Encoder(Slow())
     with pytest.raises(InputError, match='--turns is "first", but must be all or last'):
-        Encoder(tokenizer, "chatml", "first")
+        Encoder(tokenizer, turns="first")
     endless = load_tokenizer(str(tiny_bert))
     endless.eos_token = None
     with pytest.raises(InputError, match="no end-of-text token"):

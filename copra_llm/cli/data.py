@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 
 from copra_llm.cli.common import bar
 from copra_llm.errors import InputError
 
 HELP = "Instruction data: formats, counts, lengths, broken records."
 CHECK_HELP = "Say what the data are, and list every broken record by file and line; exit code 2 if there is one."
+
+
+SHOWN = 20
+"""Broken records that the text lists."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,15 +42,11 @@ def run(args: argparse.Namespace) -> int:
     _check_flags(args)
     sources = parse_sources(args.files, args.format)
     encoder = _encoder(args)
-    report = check(
-        sources, encoder, max_length=args.max_length, samples=args.preview or 0, progress=bar("record")
-    )  # fmt: skip
+    report = check(sources, encoder, max_length=args.max_length, samples=args.preview or 0, progress=bar("record"))
     if args.json:
         print(json.dumps(report.figures(), indent=1, ensure_ascii=False))
     else:
-        print(report)
-        if encoder is None:
-            print("tokens   not counted; give --model_name_or_path")
+        print("\n".join(_text(report.figures(), tokens_wanted=encoder is not None)))
         if report.samples:
             shown = preview(report.samples, encoder.tokenizer, args.preview, colours=has_colours(sys.stdout))
             print(f"\n{shown}", end="")
@@ -57,7 +58,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and args.model_name_or_path is None:
             raise InputError(f"--{name} is about tokens; give --model_name_or_path too")
     for name in ("max_length", "preview"):
-        if (getattr(args, name) or 1) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}, but must be at least 1")
     if args.preview is not None and args.json:
         raise InputError("--preview is for reading and --json for programs; give one of them")
@@ -70,3 +71,54 @@ def _encoder(args: argparse.Namespace):
     from copra_llm.tasks.instruct.encode import Encoder
 
     return Encoder(load_tokenizer(args.model_name_or_path), args.chat_template, args.turns)
+
+
+def _text(figures: dict, tokens_wanted: bool) -> Iterator[str]:
+    """The figures of `check.Report` as lines to read."""
+    for source in figures["sources"]:
+        shape = f"{source['format']} ({', '.join(source['columns'])})" if source["format"] else "no format recognised"
+        weight = f", weight {source['weight']:g}" if len(figures["sources"]) > 1 else ""
+        yield f"{source['path']}: {shape}, {source['records']:,} records{weight}"
+        if source["columns_not_read"]:
+            yield f"  columns that are not read: {', '.join(source['columns_not_read'])}"
+    records, turns = figures["records"], figures["turns"]
+    yield (
+        f"records  {records['read']:,} read: {records['good']:,} good, {records['broken']:,} broken; "
+        f"{records['duplicates']:,} equal to an earlier one"
+    )
+    if turns["conversations"]:
+        yield (
+            f"turns    of the assistant: {_spread(turns)}; {turns['with_system']:,} records with a system message, "
+            f"{turns['with_tools']:,} with tools"
+        )
+    if turns["texts"]:
+        yield f"texts    {turns['texts']:,} records without turns, for no chat template"
+    yield from _token_lines(figures, tokens_wanted)
+    if figures["broken"]:
+        yield "broken"
+        yield from (f"  {broken['sentence']}" for broken in figures["broken"][:SHOWN])
+        if len(figures["broken"]) > SHOWN:
+            yield f"  and {len(figures['broken']) - SHOWN:,} more; --json lists all"
+
+
+def _token_lines(figures: dict, tokens_wanted: bool) -> Iterator[str]:
+    if "tokens" not in figures:
+        yield "tokens   none" if tokens_wanted else "tokens   not counted; give --model_name_or_path"
+        return
+    tokens, special = figures["tokens"], figures["special"]
+    line = f"tokens   a record: {_spread(tokens)}"
+    if "max_length" in tokens:
+        line += f"; {tokens['longer_percent']:.1f} % ({tokens['longer']:,}) longer than {tokens['max_length']:,}"
+        if tokens["nothing_trained_when_cut"]:
+            line += f", {tokens['nothing_trained_when_cut']:,} with nothing to train when cut there"
+    yield line
+    yield f"trained  {figures['trained']['percent']:.1f} % of {tokens['total']:,} tokens"
+    if special["records"]:
+        yield (
+            f"careful  {special['records']:,} records hold special tokens of the tokenizer in their text, which will "
+            f"act as such (first: {special['first']})"
+        )
+
+
+def _spread(of: dict) -> str:
+    return f"min {of['min']:,}, median {of['median']:,.0f}, 95 % {of['p95']:,.0f}, max {of['max']:,}"

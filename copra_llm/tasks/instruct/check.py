@@ -6,7 +6,8 @@ Formats, records and duplicates, turns; with a tokenizer, lengths and the share 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -19,8 +20,10 @@ from copra_llm.tasks.instruct.lengths import Counts, counted
 from copra_llm.tasks.instruct.records import Broken, Conversation, Record
 from copra_llm.tasks.instruct.sources import Reader, Source
 
-SHOWN = 20
-"""Broken records that the text lists."""
+
+def _integers() -> array:
+    """Eight bytes a number: there may be millions of records."""
+    return array("q")
 
 
 @dataclass
@@ -30,18 +33,18 @@ class Report:
     readers: list[Reader]
     """One a source, read to the end."""
     counts: Counts = field(default_factory=Counts)
-    turns: list[int] = field(default_factory=list)
+    turns: array = field(default_factory=_integers)
     """Assistant turns of each conversation."""
     texts: int = 0
     """Records of plain text, or of prompt and completion as text."""
     with_system: int = 0
     with_tools: int = 0
-    with_control: int = 0
+    with_special: int = 0
     """Records whose messages hold a special token of the tokenizer: it will act as one."""
-    first_control: str | None = None
-    lengths: list[int] = field(default_factory=list)
+    first_special: str | None = None
+    lengths: array = field(default_factory=_integers)
     """Tokens of each example; empty without a tokenizer."""
-    trained: list[int] = field(default_factory=list)
+    trained: array = field(default_factory=_integers)
     """Trained tokens of each example."""
     nothing_left: int = 0
     """Examples of which no trained token is within `max_length`."""
@@ -52,69 +55,51 @@ class Report:
     """The first examples, as many as asked for."""
 
     def figures(self) -> dict[str, Any]:
-        """Everything as plain numbers and text, for JSON. Lengths in tokens, shares in percent."""
+        """Everything as plain numbers and text. Lengths in tokens, shares in percent; no tokens, no such figures."""
+        broken = len(self.broken)
         record: dict[str, Any] = {
-            "sources": [
-                {"path": r.source.path, "weight": r.source.weight, "format": r.format, "records": r.records,
-                 "columns_not_read": sorted(r.unused)}
-                for r in self.readers
-            ],
-            "records": {"read": self.counts.read, "good": self.counts.read - len(self.broken),
-                        "broken": len(self.broken), "duplicates": self.counts.duplicates},
-            "turns": {**summary(self.turns), "conversations": len(self.turns), "texts": self.texts,
-                      "with_system": self.with_system, "with_tools": self.with_tools},
-            "broken": [{"place": b.place, "sentence": b.sentence} for b in self.broken],
-        }  # fmt: skip
+            "sources": [_of_source(reader) for reader in self.readers],
+            "records": {
+                "read": self.counts.read,
+                "good": self.counts.read - broken,
+                "broken": broken,
+                "duplicates": self.counts.duplicates,
+            },
+            "turns": {
+                **summary(self.turns),
+                "conversations": len(self.turns),
+                "texts": self.texts,
+                "with_system": self.with_system,
+                "with_tools": self.with_tools,
+            },
+        }
         if self.lengths:
-            total = sum(self.lengths)
-            record["tokens"] = {**summary(self.lengths), "total": total, "with_special_tokens": self.with_control}
-            record["trained"] = {"tokens": sum(self.trained), "percent": 100 * sum(self.trained) / total}
-            if self.max_length is not None:
-                over = sum(length > self.max_length for length in self.lengths)
-                record["tokens"] |= {"max_length": self.max_length, "longer": over,
-                                     "longer_percent": 100 * over / len(self.lengths),
-                                     "nothing_trained_when_cut": self.nothing_left}  # fmt: skip
-        return record
+            record |= self._of_tokens()
+        return record | {"broken": [{"place": b.place, "sentence": b.sentence} for b in self.broken]}
 
-    def __str__(self) -> str:
-        lines = [line for reader in self.readers for line in _of_source(reader, len(self.readers) > 1)]
-        good = self.counts.read - len(self.broken)
-        lines.append(f"records  {self.counts.read:,} read: {good:,} good, {len(self.broken):,} broken; "
-                     f"{self.counts.duplicates:,} equal to an earlier one")  # fmt: skip
-        if self.turns:
-            lines.append(f"turns    of the assistant: {_spread(self.turns)}; {self.with_system:,} records with a "
-                         f"system message, {self.with_tools:,} with tools")  # fmt: skip
-        if self.texts:
-            lines.append(f"texts    {self.texts:,} records without turns, for no chat template")
-        lines += self._token_lines()
-        if self.broken:
-            lines.append("broken")
-            lines += [f"  {broken.sentence}" for broken in self.broken[:SHOWN]]
-            if len(self.broken) > SHOWN:
-                lines.append(f"  and {len(self.broken) - SHOWN:,} more; --json lists all")
-        return "\n".join(lines)
-
-    def _token_lines(self) -> Iterator[str]:
-        if not self.lengths:
-            return
-        line = f"tokens   a record: {_spread(self.lengths)}"
+    def _of_tokens(self) -> dict[str, Any]:
+        total, trained = sum(self.lengths), sum(self.trained)
+        tokens = {**summary(self.lengths), "total": total}
         if self.max_length is not None:
-            over = sum(length > self.max_length for length in self.lengths)
-            line += f"; {100 * over / len(self.lengths):.1f} % ({over:,}) longer than {self.max_length:,}"
-            if self.nothing_left:
-                line += f", {self.nothing_left:,} with nothing to train when cut there"
-        yield line
-        total = sum(self.lengths)
-        yield f"trained  {100 * sum(self.trained) / total:.1f} % of {total:,} tokens"
-        if self.with_control:
-            yield (f"careful  {self.with_control:,} records hold special tokens of the tokenizer in their text, which "
-                   f"will act as such (first: {self.first_control})")  # fmt: skip
+            longer = sum(length > self.max_length for length in self.lengths)
+            tokens |= {
+                "max_length": self.max_length,
+                "longer": longer,
+                "longer_percent": 100 * longer / len(self.lengths),
+                "nothing_trained_when_cut": self.nothing_left,
+            }
+        special = {"records": self.with_special, "first": self.first_special}
+        return {"tokens": tokens, "trained": {"tokens": trained, "percent": 100 * trained / total}, "special": special}
 
 
 def check(
-    sources: list[Source], encoder: Encoder | None = None, *, max_length: int | None = None, samples: int = 0,
-    progress=iter,
-) -> Report:  # fmt: skip
+    sources: list[Source],
+    encoder: Encoder | None = None,
+    *,
+    max_length: int | None = None,
+    samples: int = 0,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Report:
     """Read everything and say what was there.
 
     Args:
@@ -128,9 +113,9 @@ def check(
         InputError: if a source itself cannot be read, or there is no chat template for conversations.
     """
     report = Report([Reader(source) for source in sources], max_length=max_length)
-    control = _special_tokens(encoder)
+    special = _special_tokens(encoder)
     records = counted(chain.from_iterable(report.readers), report.counts)
-    passed = _look(progress(records), report, control)
+    passed = _look(progress(records), report, special)
     for example in encoder.stream(passed) if encoder else passed:
         if isinstance(example, Broken):
             report.broken.append(example)
@@ -143,7 +128,7 @@ def check(
     return report
 
 
-def _look(records: Iterable[Record | Broken], report: Report, control: re.Pattern | None) -> Iterator[Record | Broken]:
+def _look(records: Iterable[Record | Broken], report: Report, special: re.Pattern | None) -> Iterator[Record | Broken]:
     """Count turns and the like while the records pass."""
     for record in records:
         if isinstance(record, Conversation):
@@ -151,9 +136,9 @@ def _look(records: Iterable[Record | Broken], report: Report, control: re.Patter
             report.turns.append(roles.count("assistant"))
             report.with_system += roles[0] == "system"
             report.with_tools += bool(record.tools) or "tool" in roles
-            if control and any(control.search(message["content"]) for message in record.messages):
-                report.with_control += 1
-                report.first_control = report.first_control or record.place
+            if special and any(special.search(message["content"]) for message in record.messages):
+                report.with_special += 1
+                report.first_special = report.first_special or record.place
         elif not isinstance(record, Broken):
             report.texts += 1
         yield record
@@ -166,7 +151,7 @@ def _special_tokens(encoder: Encoder | None) -> re.Pattern | None:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
-def summary(numbers: list[int]) -> dict[str, float]:
+def summary(numbers: Sequence[int]) -> dict[str, float]:
     """Least, median, 95 % quantile and greatest; empty for no numbers."""
     if not numbers:
         return {}
@@ -174,18 +159,13 @@ def summary(numbers: list[int]) -> dict[str, float]:
     return {"min": int(least), "median": float(median), "p95": float(high), "max": int(greatest)}
 
 
-def _spread(numbers: list[int]) -> str:
-    s = summary(numbers)
-    return f"min {s['min']:,}, median {s['median']:,.0f}, 95 % {s['p95']:,.0f}, max {s['max']:,}"
-
-
-def _of_source(reader: Reader, several: bool) -> Iterator[str]:
-    if reader.format is None:
-        shape = "no format recognised"
-    else:
-        known = get_format(reader.format)
-        shape = f"{reader.format} ({', '.join((*known.columns, *known.optional))})"
-    weight = f", weight {reader.source.weight:g}" if several else ""
-    yield f"{reader.source.path}: {shape}, {reader.records:,} records{weight}"
-    if reader.unused:
-        yield f"  columns that are not read: {', '.join(sorted(reader.unused))}"
+def _of_source(reader: Reader) -> dict[str, Any]:
+    columns = [] if reader.format is None else get_format(reader.format).columns
+    return {
+        "path": reader.source.path,
+        "weight": reader.source.weight,
+        "format": reader.format,
+        "columns": list(columns),
+        "columns_not_read": sorted(reader.unused),
+        "records": reader.records,
+    }

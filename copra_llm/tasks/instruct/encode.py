@@ -19,7 +19,7 @@ import numpy as np
 
 from copra_llm.errors import InputError
 from copra_llm.tasks.instruct.records import Broken, Record, Text
-from copra_llm.tasks.instruct.templates import ChatTemplate, Rendered, begins_with_bos
+from copra_llm.tasks.instruct.templates import TURNS, ChatTemplate, Rendered, begins_with_bos
 
 BATCH = 512
 """Records that go through the tokenizer at a time."""
@@ -52,8 +52,10 @@ class Encoder:
             turns: "all" assistant turns are trained, or the "last" alone.
 
         Raises:
-            InputError: for a slow tokenizer, or one without an end-of-text token.
+            InputError: for a slow tokenizer, one without an end-of-text token, or another value of `turns`.
         """
+        if turns not in TURNS:
+            raise InputError(f'--turns is "{turns}", but must be {" or ".join(TURNS)}')
         if not getattr(tokenizer, "is_fast", False):
             raise InputError("the tokenizer is a slow one, which does not say where its tokens stand in the text; "
                              "give a model with a tokenizer.json")  # fmt: skip

@@ -118,13 +118,11 @@ class ChatTemplate:
         Args:
             tokenizer: of transformers.
             chosen: see `template_text`.
-            turns: "all", or "last" to train the last assistant turn of a conversation alone.
+            turns: one of `TURNS`: "all", or "last" to train the last assistant turn of a conversation alone.
 
         Raises:
-            InputError: for a template that is missing or no Jinja, or another value of `turns`.
+            InputError: for a template that is missing or no Jinja.
         """
-        if turns not in TURNS:
-            raise InputError(f'--turns is "{turns}", but must be {" or ".join(TURNS)}')
         self.source, self.turns = template_text(tokenizer, chosen), turns
         self.marked = _MARKS.search(self.source) is not None
         """Whether the template marks what the assistant wrote."""
