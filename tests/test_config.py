@@ -11,12 +11,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copra_llm.config import RunConfig, dump_yaml, parse_run_config, read_settings
+from copra_llm.config import COMMON, RunConfig, dump_yaml, parse_run_config, read_settings
 from copra_llm.errors import InputError
 from copra_llm.schedule import METHODS
 from copra_llm.settings import DataSettings, LoraSettings, ScheduleSettings, TrainSettings
 
-FIELDS = [f for group in dataclasses.fields(RunConfig) for f in dataclasses.fields(group.default_factory)]
+FIELDS = [f for group in COMMON for f in dataclasses.fields(group)]
 """Every setting of every group."""
 
 

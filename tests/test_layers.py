@@ -12,20 +12,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
-    [
-        "settings",
-        "config",
-        "paths",
-        "schedule",
-        "masks",
-        "shapley",
-        "shards",
-        "results",
-        "estimates",
-        "errors",
-        "yaml_file",
-    ],
-    ["adapters", "gates", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
+    ["settings", "config", "yaml_file", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates"]
+    + ["errors"],
+    ["adapters", "gates", "gguf", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
     + ["packing", "linear_loss", "language_model", "conversations"],
     ["merge", "prune", "quantise", "build", "similarity"],
     ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
@@ -104,6 +93,8 @@ def test_nothing_outside_is_imported():
         ("copra_llm.shards", ("torch", "transformers")),
         ("copra_llm.config", ("torch", "transformers")),
         ("copra_llm.results", ("torch", "numpy")),
+        ("copra_llm.tasks.instruct.sources", ("torch", "numpy", "transformers", "datasets", "pyarrow")),
+        ("copra_llm.tasks.instruct.check", ("torch", "transformers", "datasets", "pyarrow")),
         ("copra_llm.report", ("torch", "matplotlib")),
         ("copra_llm.cli", ("torch", "matplotlib", "transformers", "numpy")),
     ],

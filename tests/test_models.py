@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from copra_llm import models
 from copra_llm.errors import InputError
 from copra_llm.gates import LayerGates
-from copra_llm.models import PACKAGED, add_adapter, load_adapter, load_base, resolve, target_modules
+from copra_llm.models import PACKAGED, add_adapter, load_adapter, load_base, load_tokenizer, resolve, target_modules
 from copra_llm.settings import LoraSettings, ModelSettings
 
 NOBODY = "http://127.0.0.1:9"
@@ -164,6 +164,34 @@ def test_a_file_that_is_no_whole_gguf_leaves_nothing_in_the_cache(content, tiny_
 def test_a_missing_gguf_is_refused(tmp_path):
     path = tmp_path / "missing.gguf"
     assert refusal(load, path) == f"{path} does not exist; give the path of a GGUF file"
+
+
+def test_a_tokenizer_needs_no_weights(tiny_llama, tmp_path, cache):
+    """Not those of a folder; those of a GGUF are not converted for it, and read from the copy where there is one."""
+    text = "A fine film,\nfrom beginning to end"
+    expected = load(tiny_llama).tokenizer(text)["input_ids"]
+    bare = shutil.copytree(tiny_llama, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    assert load_tokenizer(str(bare))(text)["input_ids"] == expected
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny_llama, path)
+    assert load_tokenizer(str(path))(text)["input_ids"] == expected
+    assert not list(cache.rglob("*"))
+    folder = resolve(str(path)).load_from
+    assert load_tokenizer(str(path)).name_or_path == folder
+
+
+def test_a_tokenizer_is_padded_and_a_missing_one_refused(tiny_llama, tmp_path):
+    tokenizer = load(tiny_llama).tokenizer
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "unpadded")
+    assert load_tokenizer(str(tmp_path / "unpadded")).pad_token == tokenizer.eos_token
+    (tmp_path / "empty").mkdir()
+    assert f'the tokenizer of "{tmp_path / "empty"}" could not be loaded' in refusal(
+        load_tokenizer, str(tmp_path / "empty")
+    )
+    (tmp_path / "torn.gguf").write_bytes(b"GGUF")
+    assert "could not be loaded" in refusal(load_tokenizer, str(tmp_path / "torn.gguf"))
 
 
 def test_smollm2_is_causal_with_thirty_layers():

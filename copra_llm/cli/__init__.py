@@ -1,4 +1,5 @@
-"""`copra`: merge adapters, look along the line between them and into their layers, prune, evaluate, report.
+"""`copra`: merge adapters, look along the line between them and into their layers, prune, evaluate, report;
+check data.
 
     copra merge A B --method fusion --weights 0.5 0.5 --output DIR
     copra interpolate A B --task sst2 --points 21 --output DIR
@@ -7,6 +8,7 @@
     copra landscape A B C --task sst2 --grid 11 --output DIR
     copra similarity A B C D --output DIR
     copra evaluate A --task sst2
+    copra data check FILES... --model_name_or_path M
     copra report RESULTS... --output report.html
 
 An adapter is a folder that PEFT's `save_pretrained` has written, or a run's folder.
@@ -18,7 +20,7 @@ import argparse
 import sys
 
 from copra_llm import __version__
-from copra_llm.cli import evaluate, interpolate, landscape, merge, prune, report, shapley, similarity
+from copra_llm.cli import data, evaluate, interpolate, landscape, merge, prune, report, shapley, similarity
 from copra_llm.errors import InputError, exit_on_input_error, nearest
 
 COMMANDS = {
@@ -29,6 +31,7 @@ COMMANDS = {
     "landscape": landscape,
     "similarity": similarity,
     "evaluate": evaluate,
+    "data": data,
     "report": report,
 }
 """Command-line names -> modules with `HELP`, `add_arguments(parser)` and `run(args)`."""
