@@ -17,6 +17,7 @@ ROWS = [
     ["merge", "prune", "quantise", "build", "similarity"],
     ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
     + ["prefixes", "coalitions", "ledger"],
+    ["figures"],
     ["protocols", "report", "summaries"],
     ["cli"],
 ]

@@ -7,8 +7,8 @@ import pytest
 import report_records as made
 
 from copra_llm.estimates import Estimate, seed_estimate
+from copra_llm.figures.pairs import curve_estimates, finest_lines
 from copra_llm.report.document import Figure, Section
-from copra_llm.report.pairs import curve_estimates, finest_lines
 from copra_llm.report.sections.landscape import plane_section
 from copra_llm.report.sections.layers import barrier, layers_section
 from copra_llm.report.sections.merged import (

@@ -9,15 +9,15 @@ Every mean has its 95 % interval over seeds (`copra_llm.estimates`) or pairs of 
 """
 
 from copra_llm.estimates import Estimate, seed_estimate, t_975
-from copra_llm.report.curves import COLOURS, plot_curves, require_matplotlib
-from copra_llm.report.groups import NAMES, ORDER
-from copra_llm.report.pairs import (
+from copra_llm.figures.groups import NAMES, ORDER
+from copra_llm.figures.pairs import (
     difference_estimate,
     drop_estimate,
     loss_difference_estimate,
     mean_metric,
     pair_outcomes,
 )
+from copra_llm.report.curves import COLOURS, plot_curves, require_matplotlib
 from copra_llm.report.records import find_results
 from copra_llm.report.sections.connectivity import Cell, connectivity_cells, connectivity_table
 from copra_llm.report.sections.runs import step_time_table, training_table

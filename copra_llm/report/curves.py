@@ -11,7 +11,7 @@ import numpy as np
 
 from copra_llm.bands import curve_band
 from copra_llm.errors import InputError
-from copra_llm.report.groups import NAMES, ORDER
+from copra_llm.figures.groups import NAMES, ORDER
 from copra_llm.results import Result
 
 COLOURS = {"lora": "#c2452d", "copra": "#1f6f8b", "coto": "#7a9e3b"}

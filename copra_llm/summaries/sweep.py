@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from copra_llm.figures.pairs import over_pairs
 from copra_llm.report import NAMES, ORDER, drop_estimate, mean_metric
-from copra_llm.report.pairs import over_pairs
 from copra_llm.results import Result
 
 

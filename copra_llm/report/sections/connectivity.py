@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from copra_llm.report.pairs import (
+from copra_llm.figures.pairs import (
     difference_estimate,
     drop_estimate,
     loss_difference_estimate,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from copra_llm.estimates import Estimate
+from copra_llm.figures.groups import Group, by_place, grouped, short_names, styles
+from copra_llm.figures.pairs import over_pairs
 from copra_llm.report.document import Figure, Panel, Section, keys_of
-from copra_llm.report.groups import Group, by_place, grouped, short_names, styles
-from copra_llm.report.pairs import over_pairs
 from copra_llm.report.plots.bars import Bars, upright_bars
 from copra_llm.report.tables import table
 from copra_llm.results import Result

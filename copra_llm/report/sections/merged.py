@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from copra_llm.estimates import Estimate, exact
-from copra_llm.report.document import Figure, Panel, Section, keys_of
-from copra_llm.report.groups import Group, by_place, grouped, styles
-from copra_llm.report.pairs import (
+from copra_llm.figures.groups import Group, by_place, grouped, styles
+from copra_llm.figures.pairs import (
     curve_estimates,
     difference_estimate,
     drop_estimate,
@@ -22,6 +21,7 @@ from copra_llm.report.pairs import (
     pair_metric,
     single_metric,
 )
+from copra_llm.report.document import Figure, Panel, Section, keys_of
 from copra_llm.report.plots.lines import Line, line_plot
 from copra_llm.report.plots.points import Dot, dots
 from copra_llm.report.tables import Table, table

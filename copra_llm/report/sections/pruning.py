@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from copra_llm.estimates import Estimate, seed_estimate
+from copra_llm.figures.groups import Group, by_place, grouped, label_of, styles
 from copra_llm.report.document import Figure, Panel, Section, keys_of
-from copra_llm.report.groups import Group, by_place, grouped, label_of, styles
 from copra_llm.report.plots.bars import Bars, lying_bars
 from copra_llm.report.plots.lines import Line, line_plot
 from copra_llm.report.tables import Table, table

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from copra_llm.estimates import Estimate, seed_estimate
+from copra_llm.figures.groups import Group, grouped, model_of
 from copra_llm.report.document import Section
-from copra_llm.report.groups import Group, grouped, model_of
 from copra_llm.report.tables import Table, markdown, table
 from copra_llm.results import Result
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from copra_llm.estimates import Estimate, seed_estimate
+from copra_llm.figures.groups import Group, by_place, grouped, short_names, styles
 from copra_llm.report.document import Figure, Panel, Section, keys_of
-from copra_llm.report.groups import Group, by_place, grouped, short_names, styles
 from copra_llm.report.plots.axes import limits
 from copra_llm.report.plots.bars import Bars, upright_bars
 from copra_llm.report.tables import Table, table

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from copra_llm.estimates import seed_estimate
+from copra_llm.figures.groups import NAMES, model_of, rank, styles, tasks_of
 from copra_llm.report.document import Figure, Key, Panel, Section
-from copra_llm.report.groups import NAMES, model_of, rank, styles, tasks_of
 from copra_llm.report.plots.bars import Bars, lying_bars
 from copra_llm.report.plots.heat import heat_map
 from copra_llm.report.plots.points import Point, scatter

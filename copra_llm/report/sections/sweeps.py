@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from copra_llm.estimates import Estimate, exact, seed_estimate
+from copra_llm.figures.groups import NAMES, Group, by_place, grouped, styles
+from copra_llm.figures.pairs import drop_estimate, pair_metric, single_metric
 from copra_llm.report.document import Figure, Key, Panel, Section
-from copra_llm.report.groups import NAMES, Group, by_place, grouped, styles
-from copra_llm.report.pairs import drop_estimate, pair_metric, single_metric
 from copra_llm.report.plots.heat import heat_map
 from copra_llm.report.plots.lines import Line, line_plot
 from copra_llm.report.sections.merged import merge_name, merged_groups

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from copra_llm.estimates import Estimate, seed_estimate
+from copra_llm.figures.groups import Group, by_place, grouped, styles
 from copra_llm.report.document import Figure, Panel, Section, keys_of
-from copra_llm.report.groups import Group, by_place, grouped, styles
 from copra_llm.report.plots.bars import Bars, lying_bars
 from copra_llm.report.plots.lines import Line, line_plot
 from copra_llm.report.plots.points import Dot, dots

@@ -13,7 +13,7 @@ import numpy as np
 
 from copra_llm.bands import curve_band, pair_band
 from copra_llm.estimates import Estimate, bootstrap_pairs, exact
-from copra_llm.report.groups import metric
+from copra_llm.figures.groups import metric
 from copra_llm.results import Result, unpack_bits
 
 
@@ -63,14 +63,19 @@ def difference_estimate(first: Sequence[Result], second: Sequence[Result]) -> Es
     return bootstrap_pairs(100.0 * (a - b))
 
 
-def loss_difference_estimate(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
-    """Merged loss of the first minus the second, in nats; over the pairs of equal seeds, if there are."""
+def metric_difference(first: Sequence[Result], second: Sequence[Result], name: str) -> Estimate:
+    """`<split>/<task>/<name>` of the first minus the second's; over the pairs of equal seeds, if there are."""
     by_seeds = [{tuple(c.config["seeds"]): c for c in curves if "seeds" in c.config} for curves in (first, second)]
     shared = sorted(by_seeds[0].keys() & by_seeds[1].keys())
     if not shared:
-        return exact(mean_metric(first, "loss@0.5") - mean_metric(second, "loss@0.5"))
-    losses = [[metric(curves[seeds], "loss@0.5") for seeds in shared] for curves in by_seeds]
-    return over_pairs([by_seeds[0][seeds] for seeds in shared], [[a - b] for a, b in zip(*losses, strict=True)])[0]
+        return exact(mean_metric(first, name) - mean_metric(second, name))
+    ours, theirs = ([metric(curves[seeds], name) for seeds in shared] for curves in by_seeds)
+    return over_pairs([by_seeds[0][seeds] for seeds in shared], [[a - b] for a, b in zip(ours, theirs, strict=True)])[0]
+
+
+def loss_difference_estimate(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
+    """Merged loss of the first minus the second, in nats."""
+    return metric_difference(first, second, "loss@0.5")
 
 
 def mean_metric(curves: Sequence[Result], name: str) -> float:

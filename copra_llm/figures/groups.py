@@ -71,6 +71,10 @@ class Group:
         """Mean of a number over the records, with its interval."""
         return seed_estimate([value(r) for r in self.records])
 
+    def by_seed(self, value: Callable[[Result], float]) -> dict[int, float]:
+        """A number of every record by its seed."""
+        return {r.config["seed"]: value(r) for r in self.records}
+
 
 def grouped(
     records: Iterable[Result],
