@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from copra_llm.estimates import Estimate, exact, seed_estimate
+from copra_llm.estimates import Estimate
 from copra_llm.figures.groups import NAMES, Group, by_place, grouped, styles
-from copra_llm.figures.pairs import drop_estimate, pair_metric, single_metric
+from copra_llm.figures.merged import merge_name, merged_figures, merged_groups
+from copra_llm.figures.pairs import pair_metric
+from copra_llm.figures.runs import along_steps, run_groups, seeds_of
 from copra_llm.report.document import Figure, Key, Panel, Section
 from copra_llm.report.plots.heat import heat_map
 from copra_llm.report.plots.lines import Line, line_plot
-from copra_llm.report.sections.merged import merge_name, merged_groups
-from copra_llm.report.sections.runs import run_groups, seeds_of
 from copra_llm.report.tables import Table, table
 from copra_llm.results import Result
 
@@ -99,7 +99,7 @@ def steps_section(results: Sequence[Result]) -> Section | None:
                 at = g.records[0].data["steps"]
                 same = [r for r in g.records if r.data["steps"] == at]
                 for which in ("single", "merged"):
-                    values = [seed_estimate(column) for column in np.array([_flat(r, which) for r in same]).T]
+                    values = along_steps(same, which)
                     lines.append(Line(names[g.name] + which, style[g.name], at, values, which == "single"))
                     said.append(f"{g.name} {which} {values[0]:.1f} at step {at[0]}, {values[-1]:.1f} at step {at[-1]}")
                     rows += [
@@ -118,11 +118,6 @@ def steps_section(results: Sequence[Result]) -> Section | None:
     figure = Figure("Accuracy along training", note, panels, made, keys)
     text = "Checkpoints of one run and of another, merged at the same step: when does merging begin to cost?"
     return Section("Along the training steps", text, [figure])
-
-
-def _flat(r: Result, which: str) -> list[float]:
-    """One value a step; where a record keeps one an adapter, their mean."""
-    return [float(np.mean(np.array(v, dtype=float))) for v in r.data[which]]
 
 
 # --- schedules --------------------------------------------------------------------------------------------
@@ -162,11 +157,7 @@ def _schedule_table(caption: str, runs: Sequence[Group], lines: Sequence[Group])
         merged = []
         for name in names:
             g = of.get(name)
-            merged += [
-                exact(single_metric(g.records, "accuracy")) if g else None,
-                pair_metric(g.records, "accuracy@0.5") if g else None,
-                drop_estimate(g.records) if g else None,
-            ]
+            merged += [m.single, m.accuracy, m.drop] if (m := g and merged_figures(g)) else [None] * 3
         rows.append((
             *key, *(_said(config.get(name)) for name in ("p_start", "p_end", "ramp_fraction", "ramp_shape")),
             config.get("granularity"), len(run.records) if run else None, seeds_of(run, "test") if run else None,
