@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from copra_llm.bands import curve_band, pair_band
+from copra_llm.bands import Band, curve_band, pair_band
 from copra_llm.estimates import Estimate, bootstrap_pairs, exact
 from copra_llm.figures.groups import metric
 from copra_llm.results import Result, unpack_bits
@@ -29,6 +29,11 @@ def over_pairs(records: Sequence[Result], values: Sequence) -> list[Estimate]:
     """
     known = all("seeds" in r.config for r in records)
     band = pair_band(np.asarray(values, dtype=float), [tuple(r.config["seeds"]) for r in records] if known else None)
+    return estimates_of(band)
+
+
+def estimates_of(band: Band) -> list[Estimate]:
+    """A band of n means as n estimates."""
     return [Estimate(*map(float, ends)) for ends in zip(band.mean, band.low, band.high, strict=True)]
 
 
@@ -94,7 +99,7 @@ def curve_estimates(records: Sequence[Result], quantity: str) -> tuple[list[floa
     Which of two seeds is the first says nothing, so each line counts in both directions.
     """
     alpha, band = curve_band(finest_lines(records), quantity)
-    return alpha.tolist(), [Estimate(*map(float, ends)) for ends in zip(band.mean, band.low, band.high, strict=True)]
+    return alpha.tolist(), estimates_of(band)
 
 
 def finest_lines(records: Sequence[Result]) -> list[Result]:

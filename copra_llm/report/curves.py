@@ -14,8 +14,8 @@ from copra_llm.errors import InputError
 from copra_llm.figures.groups import NAMES, ORDER
 from copra_llm.results import Result
 
-COLOURS = {"lora": "#c2452d", "copra": "#1f6f8b", "coto": "#7a9e3b"}
-"""Distinguishable without colour vision by their lightness."""
+COLOURS = {"LoRA": "#c2452d", "CopRA": "#1f6f8b", "CoTo": "#7a9e3b"}
+"""Of a method's lines; distinguishable without colour vision by their lightness."""
 
 
 def require_matplotlib() -> None:
@@ -49,7 +49,7 @@ def plot_curves(records: Sequence[Result], stem: Path) -> list[Path]:
             for row, quantity in enumerate(("accuracy", "loss")):
                 axis = axes[row, column]
                 grid, band = curve_band(groups[label], quantity)
-                (line,) = axis.plot(grid, band.mean, label=NAMES.get(label, label), color=COLOURS.get(label),
+                (line,) = axis.plot(grid, band.mean, label=NAMES.get(label, label), color=COLOURS.get(NAMES.get(label)),
                                     marker="o", markersize=3)  # fmt: skip
                 if np.isfinite(band.low).any():
                     axis.fill_between(grid, band.low, band.high, alpha=0.18, color=line.get_color(), lw=0)

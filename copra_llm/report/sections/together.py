@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from copra_llm.estimates import Estimate, seed_estimate
-from copra_llm.figures.groups import Group, by_place, grouped, styles
+from copra_llm.figures.groups import Group, by_place, styles
+from copra_llm.figures.together import at_end, federated_groups, mean_task_accuracy, merged_by, multitask_groups
 from copra_llm.report.document import Figure, Panel, Section, keys_of
 from copra_llm.report.plots.bars import Bars, lying_bars
 from copra_llm.report.plots.lines import Line, line_plot
@@ -15,12 +14,9 @@ from copra_llm.report.plots.points import Dot, dots
 from copra_llm.report.tables import Table, table
 from copra_llm.results import Result
 
-MERGED_BY = ("merge_name", "merge_method", "merge_options")
-FEDERATED = (*MERGED_BY, "case", "clients", "split_kind", "beta", "rounds")
-
 
 def federated_section(results: Sequence[Result]) -> Section | None:
-    groups = grouped((r for r in results if r.protocol == "federated"), FEDERATED)
+    groups = federated_groups(results)
     if not groups:
         return None
     text = (
@@ -34,12 +30,6 @@ def federated_section(results: Sequence[Result]) -> Section | None:
     return Section("Federated", text, blocks)
 
 
-def _merged_by(g: Group) -> str:
-    """The rule's own name, or its method with its options."""
-    name, method, options = g.values[:3]
-    return str(name) if name else f"{method} ({options})" if options else str(method)
-
-
 def _division(g: Group) -> str:
     """How the data is divided, in short."""
     case, clients, kind, beta, rounds = g.values[3:]
@@ -48,23 +38,13 @@ def _division(g: Group) -> str:
     return f"{named}{clients} clients, {split}" + (f", {rounds} rounds" if (rounds or 1) > 1 else "")
 
 
-def _at_end(r: Result, which: str, name: str) -> float:
-    """Of the last round: "origin" (mean over clients) or "merged"."""
-    key = f"test/{r.config['task']}/{name}/{which}"
-    if key in r.metrics:
-        return r.metrics[key]
-    last = r.data["rounds"][-1]
-    found = [c[name] for c in last["clients"]] if which == "origin" else [last["merged"][name]]
-    return float(np.mean(np.array(found, dtype=float)))
-
-
 def _drop(g: Group) -> Estimate:
     """Accuracy of the clients minus that of their merge, in percentage points."""
-    return g.estimate(lambda r: _at_end(r, "origin", "accuracy") - _at_end(r, "merged", "accuracy"))
+    return g.estimate(lambda r: at_end(r, "origin", "accuracy") - at_end(r, "merged", "accuracy"))
 
 
 def _from_to(g: Group) -> str:
-    origin, merged = (g.estimate(lambda r, w=w: _at_end(r, w, "accuracy")).mean for w in ("origin", "merged"))
+    origin, merged = (g.estimate(lambda r, w=w: at_end(r, w, "accuracy")).mean for w in ("origin", "merged"))
     return f"{origin:.1f} → {merged:.1f}"
 
 
@@ -80,7 +60,7 @@ def _federated_figure(groups: Sequence[Group]) -> Figure:
         panels.append(Panel(f"{place}: {division}", words, dots(drawn, "accuracy lost [points]")))
     for g in groups:
         both = {
-            (which, name): g.estimate(lambda r, w=which, n=name: _at_end(r, w, n))
+            (which, name): g.estimate(lambda r, w=which, n=name: at_end(r, w, n))
             for which in ("origin", "merged")
             for name in ("accuracy", "loss")
         }
@@ -137,8 +117,8 @@ def _by_rule(groups: Sequence[Group]) -> dict[tuple[str, str], dict[str, list[Gr
     """Groups of a panel, by (how the data is divided, place), and in it by merge rule."""
     found: dict[tuple[str, str], dict[str, list[Group]]] = {}
     for division in dict.fromkeys(map(_division, groups)):
-        for rule in dict.fromkeys(map(_merged_by, groups)):
-            for place, here in by_place(g for g in groups if (_division(g), _merged_by(g)) == (division, rule)):
+        for rule in dict.fromkeys(map(merged_by, groups)):
+            for place, here in by_place(g for g in groups if (_division(g), merged_by(g)) == (division, rule)):
                 found.setdefault((division, place), {})[rule] = here
     return found
 
@@ -147,9 +127,7 @@ def _by_rule(groups: Sequence[Group]) -> dict[tuple[str, str], dict[str, list[Gr
 
 
 def multitask_section(results: Sequence[Result]) -> Section | None:
-    groups = grouped(
-        (r for r in results if r.protocol == "multitask"), MERGED_BY, tasks=lambda r: [" + ".join(r.config["tasks"])]
-    )
+    groups = multitask_groups(results)
     if not groups:
         return None
     text = (
@@ -159,17 +137,11 @@ def multitask_section(results: Sequence[Result]) -> Section | None:
     return Section("Several tasks in one adapter", text, [_multitask_figure(groups)])
 
 
-def _accuracy(g: Group, task: str, which: str) -> Estimate | None:
-    key = f"{g.records[0].config.get('split', 'test')}/{task}/accuracy/{which}"
-    values = [r.metrics[key] for r in g.records if key in r.metrics]
-    return seed_estimate(values) if len(values) == len(g.records) else None
-
-
 def _rules_by_place(groups: Sequence[Group]) -> dict[str, dict[str, list[Group]]]:
     """Groups by place (which tasks), and in it by merge rule."""
     found: dict[str, dict[str, list[Group]]] = {}
-    for rule in dict.fromkeys(map(_merged_by, groups)):
-        for place, here in by_place(g for g in groups if _merged_by(g) == rule):
+    for rule in dict.fromkeys(map(merged_by, groups)):
+        for place, here in by_place(g for g in groups if merged_by(g) == rule):
             found.setdefault(place, {})[rule] = here
     return found
 
@@ -185,7 +157,7 @@ def _multitask_figure(groups: Sequence[Group]) -> Figure:
         series = []
         for name in dict.fromkeys(g.name for here in rules.values() for g in here):
             of = {rule: next((g for g in here if g.name == name), None) for rule, here in rules.items()}
-            values = [_accuracy(of[rule], task, "normalised") if of[rule] else None for _, rule, task in cases]
+            values = [mean_task_accuracy(of[rule], task, "normalised") if of[rule] else None for _, rule, task in cases]
             series.append(Bars(name, style[name], values))
         names = [name for name, _, _ in cases]
         top = max([100.0, *(v.mean for s in series for v in s.values if v is not None)])
@@ -200,7 +172,7 @@ def _multitask_figure(groups: Sequence[Group]) -> Figure:
         panels.append(Panel(title, words, drawing))
     rows = [
         (g.model, t, g.label, g.learning_rate, g.steps, g.settings, g.values[0] or g.values[1], g.values[2], g.task,
-         len(g.records), *(_accuracy(g, t, which) for which in ("single", "merged", "normalised")))
+         len(g.records), *(mean_task_accuracy(g, t, which) for which in ("single", "merged", "normalised")))
         for g in groups for t in [*g.records[0].config["tasks"], "mean"]
     ]  # fmt: skip
     columns = [
