@@ -38,7 +38,19 @@ def spread(runs: Sequence[Result], name: str) -> float:
     return float(np.mean(values.std(0, ddof=1) / values.mean(0)))
 
 
-def along_steps(records: Sequence[Result], which: str) -> list[Estimate]:
-    """Accuracy ("single" or "merged") at every step of records of one grid; two adapters' count as their mean."""
+def step_groups(results: Iterable[Result]) -> list[Group]:
+    """Adapters that were merged along their training, by merge rule."""
+    return grouped((r for r in results if r.protocol == "merge_over_steps"), ("merge_method", "merge_options"))
+
+
+def same_steps(g: Group) -> list[Result]:
+    """The records at the first one's steps: others have no value at some of them."""
+    return [r for r in g.records if r.data["steps"] == g.records[0].data["steps"]]
+
+
+def along_steps(records: Sequence[Result], which: str) -> dict[int, Estimate]:
+    """Accuracy ("single" or "merged") by step of records of the same steps; two adapters' count as their mean."""
     values = [[np.mean(np.array(at, dtype=float)) for at in r.data[which]] for r in records]  # (records, steps)
-    return [seed_estimate(column) for column in zip(*values, strict=True)]
+    return {
+        step: seed_estimate(at) for step, at in zip(records[0].data["steps"], zip(*values, strict=True), strict=True)
+    }

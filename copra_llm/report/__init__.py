@@ -1,7 +1,7 @@
 """What do the result records say? Tables, plots and one HTML page, all made from the records alone.
 
-    records.py    which records there are          groups.py     which of them are repetitions
-    sections/     records -> figures and tables    document.py   figures and tables -> markup
+    records.py    which records there are          ../figures    records -> numbers with intervals
+    sections/     numbers -> figures and tables    document.py   figures and tables -> markup
     plots/        numbers -> SVG                   tables.py     one table as HTML, CSV, Markdown
     page.py       the whole page                   write.py      records in, page out
 

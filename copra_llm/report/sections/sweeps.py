@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from copra_llm.estimates import Estimate
-from copra_llm.figures.groups import NAMES, Group, by_place, grouped, styles
+from copra_llm.figures.groups import NAMES, Group, by_place, styles
 from copra_llm.figures.merged import merge_name, merged_figures, merged_groups
 from copra_llm.figures.pairs import pair_metric
-from copra_llm.figures.runs import along_steps, run_groups, seeds_of
+from copra_llm.figures.runs import along_steps, run_groups, same_steps, seeds_of, step_groups
 from copra_llm.report.document import Figure, Key, Panel, Section
 from copra_llm.report.plots.heat import heat_map
 from copra_llm.report.plots.lines import Line, line_plot
@@ -85,7 +85,7 @@ def _heat_figure(title: str, what: str, grids: dict[tuple, tuple[Grid, list[Grou
 
 
 def steps_section(results: Sequence[Result]) -> Section | None:
-    groups = grouped((r for r in results if r.protocol == "merge_over_steps"), ("merge_method", "merge_options"))
+    groups = step_groups(results)
     if not groups:
         return None
     names = {g.name: f"{g.name}, " for g in groups}
@@ -96,15 +96,15 @@ def steps_section(results: Sequence[Result]) -> Section | None:
         for place, here in by_place(g for g in groups if g.values == method):
             lines, said = [], []
             for g in here:
-                at = g.records[0].data["steps"]
-                same = [r for r in g.records if r.data["steps"] == at]
+                same = same_steps(g)
                 for which in ("single", "merged"):
                     values = along_steps(same, which)
-                    lines.append(Line(names[g.name] + which, style[g.name], at, values, which == "single"))
-                    said.append(f"{g.name} {which} {values[0]:.1f} at step {at[0]}, {values[-1]:.1f} at step {at[-1]}")
+                    at, shown = list(values), list(values.values())
+                    lines.append(Line(names[g.name] + which, style[g.name], at, shown, which == "single"))
+                    said.append(f"{g.name} {which} {shown[0]:.1f} at step {at[0]}, {shown[-1]:.1f} at step {at[-1]}")
                     rows += [
                         (g.model, g.task, g.label, g.learning_rate, g.settings, merge, len(same), which, step, v)
-                        for step, v in zip(at, values, strict=True)
+                        for step, v in values.items()
                     ]
             drawing = line_plot(lines, "training step", "accuracy [%]", within=(0, 100))
             panels.append(Panel(f"{merge}: {place}", f"Accuracy in percent. {'; '.join(said)}.", drawing))
