@@ -67,6 +67,11 @@ class Group:
         rate = "?" if self.learning_rate is None else f"{self.learning_rate:g}"
         return f"lr {rate}, {self.steps or '?'} steps"
 
+    @property
+    def heads(self) -> tuple:
+        """What names the group in a table: model, task, label, learning rate, steps, other settings."""
+        return self.model, self.task, self.label, self.learning_rate, self.steps, self.settings
+
     def estimate(self, value: Callable[[Result], float]) -> Estimate:
         """Mean of a number over the records, with its interval."""
         return seed_estimate([value(r) for r in self.records])

@@ -15,10 +15,9 @@ import numpy as np
 
 from copra_llm.estimates import Estimate
 from copra_llm.figures.groups import Group, grouped
+from copra_llm.figures.merged import KEYS
 from copra_llm.figures.pairs import over_pairs
 from copra_llm.results import Result
-
-KEYS = ("merge_method", "merge_options", "split")
 
 
 def layer_groups(results: Iterable[Result]) -> list[Group]:

@@ -78,11 +78,6 @@ def metric_difference(first: Sequence[Result], second: Sequence[Result], name: s
     return over_pairs([by_seeds[0][seeds] for seeds in shared], [[a - b] for a, b in zip(ours, theirs, strict=True)])[0]
 
 
-def loss_difference_estimate(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
-    """Merged loss of the first minus the second, in nats."""
-    return metric_difference(first, second, "loss@0.5")
-
-
 def mean_metric(curves: Sequence[Result], name: str) -> float:
     """Mean over pairs of `<split>/<task>/<name>`."""
     return float(np.mean([metric(c, name) for c in curves]))

@@ -41,6 +41,11 @@ def at_end(r: Result, which: str, name: str) -> float:
     return float(np.mean(np.array(found, dtype=float)))
 
 
+def mean_at_end(g: Group, which: str, name: str) -> Estimate:
+    """`at_end` over seeds."""
+    return g.estimate(lambda r: at_end(r, which, name))
+
+
 def task_accuracy(r: Result, task: str, which: str) -> float | None:
     """ "single", "merged" or "normalised", in percent, of a task or "mean"; None where the record has none."""
     return r.metrics.get(f"{r.config.get('split', 'test')}/{task}/accuracy/{which}")

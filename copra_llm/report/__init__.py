@@ -8,23 +8,13 @@
 Every mean has its 95 % interval over seeds (`copra_llm.estimates`) or pairs of seeds (`copra_llm.bands`).
 """
 
-from copra_llm.estimates import Estimate, seed_estimate, t_975
-from copra_llm.figures.groups import NAMES, ORDER
-from copra_llm.figures.pairs import (
-    difference_estimate,
-    drop_estimate,
-    loss_difference_estimate,
-    mean_metric,
-    pair_outcomes,
-)
-from copra_llm.report.curves import COLOURS, plot_curves, require_matplotlib
+from copra_llm.report.curves import plot_curves, require_matplotlib
 from copra_llm.report.records import find_results
-from copra_llm.report.sections.connectivity import Cell, connectivity_cells, connectivity_table
+from copra_llm.report.sections.connectivity import connectivity_table
 from copra_llm.report.sections.runs import step_time_table, training_table
 from copra_llm.report.write import write_report
 
 __all__ = [
-    "COLOURS", "NAMES", "ORDER", "Cell", "Estimate", "connectivity_cells", "connectivity_table", "difference_estimate",
-    "drop_estimate", "find_results", "loss_difference_estimate", "mean_metric", "pair_outcomes", "plot_curves",
-    "require_matplotlib", "seed_estimate", "step_time_table", "t_975", "training_table", "write_report",
+    "connectivity_table", "find_results", "plot_curves", "require_matplotlib", "step_time_table", "training_table",
+    "write_report",
 ]  # fmt: skip

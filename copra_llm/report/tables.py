@@ -13,6 +13,8 @@ from copra_llm.report.markup import Html, el, escaped, printable, slug
 
 Value = str | int | float | Estimate | None
 """What a cell holds; None is shown as a dash."""
+GROUP_COLUMNS = (("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",))
+"""Of `Group.heads`."""
 MOST_CELLS = 4000
 """Of a table on the page; a larger one is shown in part, and whole in its CSV."""
 

@@ -10,7 +10,7 @@ from copra_llm.figures.groups import Group, by_place, short_names, styles
 from copra_llm.figures.layers import layer_barriers, layer_groups, whole_barrier
 from copra_llm.report.document import Figure, Panel, Section, keys_of
 from copra_llm.report.plots.bars import Bars, upright_bars
-from copra_llm.report.tables import table
+from copra_llm.report.tables import GROUP_COLUMNS, table
 from copra_llm.results import Result
 
 UNITS = {"accuracy": ("points", ".1f"), "loss": ("nats", ".3f")}
@@ -54,7 +54,7 @@ def _figure(kind: str, method: str, groups: Sequence[Group]) -> Figure:
             drawing = upright_bars(bars, layers, "layer", f"{quantity} [{unit}]", spec=spec)
             panels.append(Panel(f"{place}: {quantity}", _words(shown, layers, quantity, kind, unit, spec), drawing))
             rows += [
-                (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(g.records), quantity, layer, value)
+                (*g.heads, len(g.records), quantity, layer, value)
                 for g, values in shown
                 for layer, value in [
                     *zip(layers, values, strict=True),
@@ -62,10 +62,7 @@ def _figure(kind: str, method: str, groups: Sequence[Group]) -> Figure:
                 ]
                 if value is not None
             ]
-    columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",),
-        ("pairs", "d"), ("of",), ("layer",), (kind.replace("_", " "), ".3f"),
-    ]  # fmt: skip
+    columns = [*GROUP_COLUMNS, ("pairs", "d"), ("of",), ("layer",), (kind.replace("_", " "), ".3f")]
     made = table(f"{title}, {method}", columns, rows, 3)
     keys = keys_of(style, [g.name for g in groups], "bar")
     return Figure(f"{title}: {method}", note, panels, made, keys)

@@ -14,7 +14,7 @@ from copra_llm.figures.pairs import curve_estimates, finest_lines, single_metric
 from copra_llm.report.document import Figure, Panel, Section, keys_of
 from copra_llm.report.plots.lines import Line, line_plot
 from copra_llm.report.plots.points import Dot, dots
-from copra_llm.report.tables import Table, table
+from copra_llm.report.tables import GROUP_COLUMNS, Table, table
 from copra_llm.results import Result
 
 
@@ -74,13 +74,12 @@ def headline(groups: Sequence[Group]) -> list[Group]:
 
 def merged_table(caption: str, groups: Sequence[Group]) -> Table:
     rows = [
-        (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(g.records), m.single, m.accuracy, m.drop,
+        (*g.heads, len(g.records), m.single, m.accuracy, m.drop,
          m.against_lora, m.single_loss, m.loss, m.loss_against_lora)
         for g in groups for m in [merged_figures(g, lora_of(g, groups))]
     ]  # fmt: skip
     columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",),
-        ("pairs", "d"), ("single acc.", ".1f"), ("merged acc.", ".1f"), ("drop", ".1f"),
+        *GROUP_COLUMNS, ("pairs", "d"), ("single acc.", ".1f"), ("merged acc.", ".1f"), ("drop", ".1f"),
         ("merged acc. minus LoRA's", ".1f"), ("single loss", ".2f"), ("merged loss", ".2f"),
         ("merged loss minus LoRA's", ".2f"),
     ]  # fmt: skip
@@ -103,20 +102,14 @@ def curves_figure(name: str, groups: Sequence[Group], quantity: str = "accuracy"
             alpha, values = curve_estimates(g.records, quantity)
             lines.append(Line(g.name, style[g.name], alpha, values))
             said.append(_curve_words(g.name, alpha, values, spec))
-            rows += [
-                (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(finest_lines(g.records)), a, value)
-                for a, value in zip(alpha, values, strict=True)
-            ]
+            rows += [(*g.heads, len(finest_lines(g.records)), a, value) for a, value in zip(alpha, values, strict=True)]
         drawing = line_plot(
             lines, "weight of the first adapter, α", f"{quantity} [{unit}]", within=within, spec=spec,
             x_ticks=[0.0, 0.25, 0.5, 0.75, 1.0],
         )  # fmt: skip
         words = f"{quantity.capitalize()} in {'percent' if unit == '%' else unit}. {'; '.join(said)}."
         panels.append(Panel(title, words, drawing))
-    columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",),
-        ("pairs", "d"), ("weight", ".3g"), (quantity, spec),
-    ]  # fmt: skip
+    columns = [*GROUP_COLUMNS, ("pairs", "d"), ("weight", ".3g"), (quantity, spec)]
     return Figure(
         f"{quantity.capitalize()} along the line: {name}",
         "Line: mean over the pairs of seeds, each in both directions. Band: 95 % interval at each point (jackknife "

@@ -10,7 +10,7 @@ from copra_llm.figures.pruning import Variant, outcomes, pruning_groups
 from copra_llm.report.document import Figure, Panel, Section, keys_of
 from copra_llm.report.plots.bars import Bars, lying_bars
 from copra_llm.report.plots.lines import Line, line_plot
-from copra_llm.report.tables import Table, table
+from copra_llm.report.tables import GROUP_COLUMNS, Table, table
 from copra_llm.results import Result
 
 KINDS = {
@@ -100,15 +100,14 @@ def _names(cases: Sequence[Variant]) -> list[str]:
 
 def _table(caption: str, groups: Sequence[Group], wanted: Callable[[str], bool]) -> Table:
     rows = [
-        (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, g.values[0], name, density, len(found),
+        (*g.heads, g.values[0], name, density, len(found),
          _estimate(found), _estimate(found, "loss"), found[0].get("parameters"), found[0].get("bytes"))
         for g in groups
         for (kind, name, density), found in outcomes(g).items()
         if wanted(kind)
     ]  # fmt: skip
     columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",), ("split",),
-        ("pruning",), ("density", ".3g"), ("seeds", "d"), ("accuracy", ".1f"), ("loss", ".2f"), ("parameters", ",d"),
-        ("bytes", ",.0f"),
+        *GROUP_COLUMNS, ("split",), ("pruning",), ("density", ".3g"), ("seeds", "d"), ("accuracy", ".1f"),
+        ("loss", ".2f"), ("parameters", ",d"), ("bytes", ",.0f"),
     ]  # fmt: skip
     return table(caption, columns, rows, 3, "Accuracies in percent, losses in nats.")

@@ -10,7 +10,7 @@ from copra_llm.estimates import Estimate
 from copra_llm.figures.groups import Group, model_of
 from copra_llm.figures.runs import run_groups, seeds_of
 from copra_llm.report.document import Section
-from copra_llm.report.tables import Table, markdown_table, table
+from copra_llm.report.tables import GROUP_COLUMNS, Table, markdown_table, table
 from copra_llm.results import Result
 
 
@@ -42,16 +42,15 @@ def runs_section(results: Sequence[Result]) -> Section | None:
     if not groups:
         return None
     rows = [
-        (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(g.records), seeds_of(g, "dev"),
+        (*g.heads, len(g.records), seeds_of(g, "dev"),
          seeds_of(g, "test"), seeds_of(g, "test", "loss"), _seconds(g),
          max(r.peak_memory_bytes for r in g.records) / 2**20 or None,
          sum(r.data.get("skipped_steps", 0) for r in g.records))
         for g in groups
     ]  # fmt: skip
     columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",),
-        ("seeds", "d"), ("dev acc.", ".1f"), ("test acc.", ".1f"), ("test loss", ".2f"), ("seconds", ".0f"),
-        ("peak memory [MiB]", ".0f"), ("skipped steps", "d"),
+        *GROUP_COLUMNS, ("seeds", "d"), ("dev acc.", ".1f"), ("test acc.", ".1f"), ("test loss", ".2f"),
+        ("seconds", ".0f"), ("peak memory [MiB]", ".0f"), ("skipped steps", "d"),
     ]  # fmt: skip
     note = (
         "Accuracies in percent, losses in nats; intervals 95 % over seeds (Student's t). Seconds: median over seeds. "

@@ -17,7 +17,7 @@ from copra_llm.figures.shapley import mean_evenness, shapley_groups
 from copra_llm.report.document import Figure, Panel, Section, keys_of
 from copra_llm.report.plots.axes import limits
 from copra_llm.report.plots.bars import Bars, upright_bars
-from copra_llm.report.tables import Table, table
+from copra_llm.report.tables import GROUP_COLUMNS, Table, table
 from copra_llm.results import Result
 
 NORMAL_975 = 1.959964
@@ -70,13 +70,10 @@ def _figure(name: str, groups: Sequence[Group]) -> Figure:
             )
             panels.append(Panel(f"{g.name}: {title}", _words(g, players, values[id(g)], spec), drawing))
             rows += [
-                (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, g.values[1], len(g.records), player, e)
+                (*g.heads, g.values[1], len(g.records), player, e)
                 for player, e in zip(g.records[0].data["players"], values[id(g)], strict=True)
             ]
-    columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",),
-        ("estimator",), ("adapters", "d"), ("player",), ("Shapley value", _unit(groups[0])[1]),
-    ]  # fmt: skip
+    columns = [*GROUP_COLUMNS, ("estimator",), ("adapters", "d"), ("player",), ("Shapley value", _unit(groups[0])[1])]
     return Figure(
         f"Shapley values: {name}",
         "A bar a layer, from the first to the last. Panels of one model and task share their scale. Error bars are "
@@ -103,15 +100,15 @@ def _data(g: Group, name: str) -> Estimate | None:
 
 def _evenness(groups: Sequence[Group]) -> Table:
     rows = [
-        (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, *g.values[:3], len(g.records),
+        (*g.heads, *g.values[:3], len(g.records),
          len(g.records[0].data["players"]), *(mean_evenness(g.records, name) for name in ("top_third_share", "gini")),
          *(_data(g, name) for name in ("v_empty", "v_full", "evaluations")), _worst_gap(g))
         for g in groups
     ]  # fmt: skip
     columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",), ("metric",),
-        ("estimator",), ("players are",), ("adapters", "d"), ("players", "d"), ("share of the top third", ".2f"),
-        ("Gini", ".2f"), ("v(none)", ".3f"), ("v(all)", ".3f"), ("evaluations", ".0f"), ("efficiency gap", ".1e"),
+        *GROUP_COLUMNS, ("metric",), ("estimator",), ("players are",), ("adapters", "d"), ("players", "d"),
+        ("share of the top third", ".2f"), ("Gini", ".2f"), ("v(none)", ".3f"), ("v(all)", ".3f"),
+        ("evaluations", ".0f"), ("efficiency gap", ".1e"),
     ]  # fmt: skip
     note = (
         "Share of the top third: of the sum of all values; 0.33 if all layers contribute alike. Gini: 0 if alike, "

@@ -6,12 +6,19 @@ from collections.abc import Sequence
 
 from copra_llm.estimates import Estimate, seed_estimate
 from copra_llm.figures.groups import Group, by_place, styles
-from copra_llm.figures.together import at_end, federated_groups, mean_task_accuracy, merged_by, multitask_groups
+from copra_llm.figures.together import (
+    at_end,
+    federated_groups,
+    mean_at_end,
+    mean_task_accuracy,
+    merged_by,
+    multitask_groups,
+)
 from copra_llm.report.document import Figure, Panel, Section, keys_of
 from copra_llm.report.plots.bars import Bars, lying_bars
 from copra_llm.report.plots.lines import Line, line_plot
 from copra_llm.report.plots.points import Dot, dots
-from copra_llm.report.tables import Table, table
+from copra_llm.report.tables import GROUP_COLUMNS, Table, table
 from copra_llm.results import Result
 
 
@@ -44,8 +51,7 @@ def _drop(g: Group) -> Estimate:
 
 
 def _from_to(g: Group) -> str:
-    origin, merged = (g.estimate(lambda r, w=w: at_end(r, w, "accuracy")).mean for w in ("origin", "merged"))
-    return f"{origin:.1f} → {merged:.1f}"
+    return " → ".join(f"{mean_at_end(g, which, 'accuracy').mean:.1f}" for which in ("origin", "merged"))
 
 
 def _federated_figure(groups: Sequence[Group]) -> Figure:
@@ -59,20 +65,12 @@ def _federated_figure(groups: Sequence[Group]) -> Figure:
         words = f"Percentage points of accuracy lost by merging (origin → merged accuracy). {'; '.join(said)}."
         panels.append(Panel(f"{place}: {division}", words, dots(drawn, "accuracy lost [points]")))
     for g in groups:
-        both = {
-            (which, name): g.estimate(lambda r, w=which, n=name: at_end(r, w, n))
-            for which in ("origin", "merged")
-            for name in ("accuracy", "loss")
-        }
-        rows.append((
-            g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, g.values[0] or g.values[1], *g.values[2:],
-            len(g.records), both["origin", "accuracy"], both["merged", "accuracy"], _drop(g),
-            both["origin", "loss"], both["merged", "loss"],
-        ))  # fmt: skip
+        accuracy, loss = ([mean_at_end(g, which, of) for which in ("origin", "merged")] for of in ("accuracy", "loss"))
+        rows.append((*g.heads, g.values[0] or g.values[1], *g.values[2:], len(g.records), *accuracy, _drop(g), *loss))
     columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",), ("merged by",),
-        ("merge options",), ("case",), ("clients", "d"), ("split",), ("beta", "g"), ("rounds", "d"), ("runs", "d"),
-        ("origin acc.", ".1f"), ("merged acc.", ".1f"), ("drop", ".1f"), ("origin loss", ".2f"), ("merged loss", ".2f"),
+        *GROUP_COLUMNS, ("merged by",), ("merge options",), ("case",), ("clients", "d"), ("split",), ("beta", "g"),
+        ("rounds", "d"), ("runs", "d"), ("origin acc.", ".1f"), ("merged acc.", ".1f"), ("drop", ".1f"),
+        ("origin loss", ".2f"), ("merged loss", ".2f"),
     ]  # fmt: skip
     return Figure(
         "What merging the clients costs",
@@ -176,9 +174,8 @@ def _multitask_figure(groups: Sequence[Group]) -> Figure:
         for g in groups for t in [*g.records[0].config["tasks"], "mean"]
     ]  # fmt: skip
     columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",), ("merged by",),
-        ("merge options",), ("of the tasks",), ("seeds", "d"), ("single acc.", ".1f"), ("merged acc.", ".1f"),
-        ("normalised", ".1f"),
+        *GROUP_COLUMNS, ("merged by",), ("merge options",), ("of the tasks",), ("seeds", "d"), ("single acc.", ".1f"),
+        ("merged acc.", ".1f"), ("normalised", ".1f"),
     ]  # fmt: skip
     note = "The broken line is the single adapters' accuracy. Of several merge rules the mean over tasks is drawn."
     keys = keys_of(style, [g.name for g in groups], "bar")
