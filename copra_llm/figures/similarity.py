@@ -26,6 +26,16 @@ def method_of(point: Mapping[str, Any]) -> str:
     return NAMES.get(raw, str(raw))
 
 
+def ordered(r: Result) -> list[int]:
+    """Adapters by method, learning rate, steps and seed, so that what belongs together lies together."""
+
+    def place(i: int) -> tuple:
+        p = r.data["points"][i]
+        return rank(method_of(p)), p.get("learning_rate") or 0, p.get("steps") or 0, str(p.get("seed"))
+
+    return sorted(range(len(r.data["points"])), key=place)
+
+
 def kinds_of_pairs(r: Result) -> list[tuple[str, int, float]]:
     """(which pairs, how many, mean cosine) over pairs of one method and settings, of one method, of two methods."""
     points, cosine = r.data["points"], r.data["cosine"]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from copra_llm.figures.groups import NAMES, ORDER, by_place, grouped, label_of
+from copra_llm.figures.groups import NAMES, by_place, grouped, label_of
 from copra_llm.figures.layers import layer_barriers, layer_groups, whole_barrier
-from copra_llm.figures.similarity import COMPARED, method_of
+from copra_llm.figures.similarity import COMPARED, method_of, ordered
 from copra_llm.report.curves import COLOURS, require_matplotlib, save_figure
 from copra_llm.results import Result
 
@@ -102,12 +102,12 @@ def plot_similarity(records: Sequence[Result], stem: Path) -> list[Path]:
     axes = figure.subplots(len(records), 2, squeeze=False)
     for (scatter, heat), r in zip(axes, records, strict=True):
         on = COMPARED[r.config["on"]]
-        points = sorted(enumerate(r.data["points"]), key=lambda pair: _place(pair[1]))
-        _scatter(scatter, [p for _, p in points])
+        order = ordered(r)
+        points = [r.data["points"][i] for i in order]
+        _scatter(scatter, points)
         scatter.set_title(f"{'+'.join(r.config.get('tasks', []))}: t-SNE of {on} (numbers: seeds)", fontsize=10)
-        order = [i for i, _ in points]
         image = heat.imshow(np.array(r.data["cosine"])[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r")
-        names = [f"{method_of(p)} {p['label']}" if p["method"] else p["label"] for _, p in points]
+        names = [f"{method_of(p)} {p['label']}" if p["method"] else p["label"] for p in points]
         heat.set_xticks([])  # the rows' order
         heat.set_yticks(range(len(names)), names, fontsize=6)
         heat.set_title(f"cosine similarity of {on}", fontsize=10)
@@ -161,10 +161,3 @@ def _outline() -> list:
     from matplotlib.patheffects import withStroke
 
     return [withStroke(linewidth=1.5, foreground="black")]
-
-
-def _place(point: dict) -> tuple:
-    """Methods in the usual order, then learning rate, steps and seed; what is not known comes last."""
-    method = ORDER.index(point["method"]) if point["method"] in ORDER else len(ORDER)
-    rest = [(point[name] is None, point[name] or 0) for name in ("learning_rate", "steps", "seed")]
-    return method, str(point["method"]), *rest

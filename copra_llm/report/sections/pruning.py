@@ -8,7 +8,7 @@ from copra_llm.estimates import Estimate, seed_estimate
 from copra_llm.figures.groups import Group, by_place, styles
 from copra_llm.figures.pruning import Variant, outcomes, pruning_groups
 from copra_llm.report.document import Figure, Panel, Section, keys_of
-from copra_llm.report.plots.bars import Bars, lying_bars
+from copra_llm.report.plots.bars import Bars, bars_in_words, lying_bars
 from copra_llm.report.plots.lines import Line, line_plot
 from copra_llm.report.tables import GROUP_COLUMNS, Table, table
 from copra_llm.results import Result
@@ -67,11 +67,7 @@ def _bars(kind: str, title: str, here: Sequence[Group], style: dict[str, int]) -
         Bars(g.name, style[g.name], [_estimate(o[case]) if case in o else None for case in cases])
         for g, o in zip(here, found, strict=True)
     ]
-    said = [
-        f"{name}: " + ", ".join(f"{s.name} {s.values[i]:.1f}" for s in series if s.values[i] is not None)
-        for i, name in enumerate(names)
-    ]
-    words = f"Accuracy in percent. {'; '.join(said)}."
+    words = f"Accuracy in percent. {bars_in_words(series, names)}."
     return [Panel(title, words, lying_bars(series, names, "accuracy [%]", limit=(0, 100)))]
 
 

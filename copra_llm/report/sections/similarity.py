@@ -8,7 +8,7 @@ from typing import Any
 
 from copra_llm.estimates import seed_estimate
 from copra_llm.figures.groups import model_of, rank, styles, tasks_of
-from copra_llm.figures.similarity import COMPARED, kinds_of_pairs, method_of
+from copra_llm.figures.similarity import COMPARED, kinds_of_pairs, method_of, ordered
 from copra_llm.report.document import Figure, Key, Panel, Section
 from copra_llm.report.plots.bars import Bars, lying_bars
 from copra_llm.report.plots.heat import heat_map
@@ -43,19 +43,6 @@ def _who(point: dict[str, Any]) -> str:
     rate, steps = point.get("learning_rate"), point.get("steps")
     settings = ("" if rate is None else f", lr {rate:g}") + (f", {steps} steps" if steps else "")
     return f"{method_of(point)}{settings}, seed {point.get('seed')}"
-
-
-def _ordered(r: Result) -> list[int]:
-    """Adapters by method, learning rate and seed, so that what belongs together lies together."""
-    points = r.data["points"]
-    return sorted(
-        range(len(points)),
-        key=lambda i: (
-            rank(method_of(points[i])),
-            *(points[i].get(key) or 0 for key in ("learning_rate", "steps")),
-            str(points[i].get("seed")),
-        ),
-    )
 
 
 def _series(records: Sequence[Result]) -> list[str]:
@@ -106,7 +93,7 @@ def _nearest(point: dict[str, Any], points: Sequence[dict[str, Any]]) -> dict[st
 def _cosine_figure(records: Sequence[Result]) -> Figure:
     panels, rows = [], []
     for r in records:
-        order, cosine = _ordered(r), r.data["cosine"]
+        order, cosine = ordered(r), r.data["cosine"]
         names = [_who(r.data["points"][i]) for i in order]
         cells = [[cosine[i][j] for j in order] for i in reversed(order)]
         apart = [cosine[i][j] for i in order for j in order if i != j] or [1.0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 from copra_llm.estimates import Estimate, seed_estimate
 from copra_llm.figures.groups import Group, by_place, styles
@@ -15,7 +16,7 @@ from copra_llm.figures.together import (
     multitask_groups,
 )
 from copra_llm.report.document import Figure, Panel, Section, keys_of
-from copra_llm.report.plots.bars import Bars, lying_bars
+from copra_llm.report.plots.bars import Bars, bars_in_words, lying_bars
 from copra_llm.report.plots.lines import Line, line_plot
 from copra_llm.report.plots.points import Dot, dots
 from copra_llm.report.tables import GROUP_COLUMNS, Table, table
@@ -57,7 +58,7 @@ def _from_to(g: Group) -> str:
 def _federated_figure(groups: Sequence[Group]) -> Figure:
     style = styles(g.name for g in groups)
     panels, rows = [], []
-    for (division, place), rules in _by_rule(groups).items():
+    for (division, place), rules in _by_rule(groups, _division).items():
         drawn = [
             (rule, [Dot(g.name, style[g.name], _drop(g), _from_to(g)) for g in here]) for rule, here in rules.items()
         ]
@@ -88,7 +89,7 @@ def _rounds_figure(groups: Sequence[Group]) -> Figure:
     style = styles(g.name for g in groups)
     panels, rows = [], []
     longer = [g for g in groups if len(g.records[0].data["rounds"]) > 1]
-    for (division, place), rules in _by_rule(longer).items():
+    for (division, place), rules in _by_rule(longer, _division).items():
         for rule, here in rules.items():
             title = f"{rule}, {division}"
             lines, said = [], []
@@ -111,13 +112,12 @@ def _rounds_figure(groups: Sequence[Group]) -> Figure:
     return Figure("Merged accuracy by round", "Means over runs of different seeds.", panels, made, keys)
 
 
-def _by_rule(groups: Sequence[Group]) -> dict[tuple[str, str], dict[str, list[Group]]]:
-    """Groups of a panel, by (how the data is divided, place), and in it by merge rule."""
+def _by_rule(groups: Sequence[Group], kind: Callable[[Group], str]) -> dict[tuple[str, str], dict[str, list[Group]]]:
+    """Groups of a panel, by (what `kind` says of them, place), and in it by merge rule."""
     found: dict[tuple[str, str], dict[str, list[Group]]] = {}
-    for division in dict.fromkeys(map(_division, groups)):
-        for rule in dict.fromkeys(map(merged_by, groups)):
-            for place, here in by_place(g for g in groups if (_division(g), merged_by(g)) == (division, rule)):
-                found.setdefault((division, place), {})[rule] = here
+    for what, rule in itertools.product(*(dict.fromkeys(map(name, groups)) for name in (kind, merged_by))):
+        for place, here in by_place(g for g in groups if (kind(g), merged_by(g)) == (what, rule)):
+            found.setdefault((what, place), {})[rule] = here
     return found
 
 
@@ -135,19 +135,10 @@ def multitask_section(results: Sequence[Result]) -> Section | None:
     return Section("Several tasks in one adapter", text, [_multitask_figure(groups)])
 
 
-def _rules_by_place(groups: Sequence[Group]) -> dict[str, dict[str, list[Group]]]:
-    """Groups by place (which tasks), and in it by merge rule."""
-    found: dict[str, dict[str, list[Group]]] = {}
-    for rule in dict.fromkeys(map(merged_by, groups)):
-        for place, here in by_place(g for g in groups if merged_by(g) == rule):
-            found.setdefault(place, {})[rule] = here
-    return found
-
-
 def _multitask_figure(groups: Sequence[Group]) -> Figure:
     style = styles(g.name for g in groups)
     panels = []
-    for place, rules in _rules_by_place(groups).items():
+    for (_, place), rules in _by_rule(groups, lambda g: "").items():
         tasks = next(iter(rules.values()))[0].records[0].config["tasks"]
         # Of one rule every task is a row; of several each rule is one, with its mean over the tasks.
         cases = [(t, next(iter(rules)), t) for t in [*tasks, "mean"]] if len(rules) == 1 else [
@@ -159,12 +150,8 @@ def _multitask_figure(groups: Sequence[Group]) -> Figure:
             series.append(Bars(name, style[name], values))
         names = [name for name, _, _ in cases]
         top = max([100.0, *(v.mean for s in series for v in s.values if v is not None)])
-        said = [
-            f"{name}: " + ", ".join(f"{s.name} {s.values[i]:.1f}" for s in series if s.values[i] is not None)
-            for i, name in enumerate(names)
-        ]
         of_what = "" if len(rules) == 1 else ", mean over the tasks"
-        words = f"Merged accuracy in percent of the single adapters'{of_what}. {'; '.join(said)}."
+        words = f"Merged accuracy in percent of the single adapters'{of_what}. {bars_in_words(series, names)}."
         drawing = lying_bars(series, names, "normalised accuracy [%]", limit=(0.0, top), reference=100.0)
         title = f"{place}: {cases[0][1]}" if len(rules) == 1 else place
         panels.append(Panel(title, words, drawing))
