@@ -52,6 +52,10 @@ class Series:
         return self.groups[0].task if len(self.groups) == 1 else f"mean of {len(self.groups)}"
 
     @property
+    def place(self) -> tuple[str, str]:
+        return self.model, self.task
+
+    @property
     def name(self) -> str:
         return self.groups[0].name
 

@@ -51,6 +51,5 @@ def same_steps(g: Group) -> list[Result]:
 def along_steps(records: Sequence[Result], which: str) -> dict[int, Estimate]:
     """Accuracy ("single" or "merged") by step of records of the same steps; two adapters' count as their mean."""
     values = [[np.mean(np.array(at, dtype=float)) for at in r.data[which]] for r in records]  # (records, steps)
-    return {
-        step: seed_estimate(at) for step, at in zip(records[0].data["steps"], zip(*values, strict=True), strict=True)
-    }
+    steps = records[0].data["steps"]
+    return {step: seed_estimate(at) for step, at in zip(steps, zip(*values, strict=True), strict=True)}

@@ -29,7 +29,7 @@ def suite_rows(results: Iterable[Result], model: str, learning_rate: float, step
     rows: dict[str, Row] = defaultdict(lambda: defaultdict(dict))
     for g in merged_groups(results):
         if (g.model, g.learning_rate, g.steps) == (model, learning_rate, steps) and g.label in NAMES.values():
-            own = rows[g.task][g.label]
+            own = rows[g.task_key][g.label]
             own.setdefault("single", single_metric(g.records, "accuracy"))
             own[merge_name(g)] = mean_metric(g.records, "accuracy@0.5")
     return rows

@@ -28,7 +28,7 @@ def pruning_table(results: Iterable[Result]) -> str:
     series += averaged(series)
     rows = []
     for s in series:
-        against = next((o for o in series if _place(o) == _place(s) and (o.method, o.early) == ("LoRA", s.early)), s)
+        against = next((o for o in series if o.place == s.place and (o.method, o.early) == ("LoRA", s.early)), s)
         drop = s.over_layers(s.drop)
         rows.append((
             s.model, s.task, s.name, *(_mean(s.accuracy(name)) for name in ("all", *LAYERS)), _estimate(drop),
@@ -53,8 +53,8 @@ def pruning_details(results: Iterable[Result], densities: Sequence[float] = (0.9
     series = pruning_series(results)
     series += averaged(series)
     tables = []
-    for model, task in dict.fromkeys(map(_place, series)):
-        shown = [s for s in series if _place(s) == (model, task)]
+    for model, task in dict.fromkeys(s.place for s in series):
+        shown = [s for s in series if s.place == (model, task)]
         whole = {s.method: s for s in shown if not s.early}
         both = [whole["CopRA"], whole["LoRA"]] if {"CopRA", "LoRA"} <= whole.keys() else []
         rows = []
@@ -84,11 +84,11 @@ def plot_pruning(results: Iterable[Result], stem: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     series = pruning_series(results)
-    places = list(dict.fromkeys(map(_place, series)))
+    places = list(dict.fromkeys(s.place for s in series))
     figure = Figure(figsize=(3.6 * len(places) + 0.6, 8.4), layout="constrained")
     axes = figure.subplots(3, len(places), squeeze=False, sharey="col")
     for column, (model, task) in enumerate(places):
-        shown = [s for s in series if _place(s) == (model, task)]
+        shown = [s for s in series if s.place == (model, task)]
         _bars(axes[0, column], shown)
         axes[0, column].set_title(f"{task}, {model}", fontsize=10)
         for row, by in ((1, "magnitude"), (2, "random")):
@@ -132,10 +132,6 @@ def _curves(axis, series: Sequence[Series], by: str) -> None:
         axis.plot(densities, [sum(p) / len(p) for p in points], marker="o", markersize=3, **style)
         axis.fill_between(densities, list(map(min, points)), list(map(max, points)), alpha=0.15, lw=0,
                           color=style["color"])  # fmt: skip
-
-
-def _place(s: Series) -> tuple[str, str]:
-    return s.model, s.task
 
 
 def _mean(values: Mapping[int, float]) -> float | None:

@@ -70,14 +70,14 @@ def _compared(groups: Iterable[Group], key: Callable[[Group], tuple[str, ...]]) 
     """The rows in their order, and the methods that any of them has."""
     rows: Rows = defaultdict(dict)
     for g in groups:
-        rows[key(g)][g.name] = g
+        row = rows[key(g)]
+        row[f"{g.name}, {g.run}" if g.name in row else g.name] = g
 
     def place(key: tuple[str, ...]) -> tuple:
         return key[:-1], RULES.index(key[-1]) if key[-1] in RULES else len(RULES), key[-1]
 
-    return {key: rows[key] for key in sorted(rows, key=place)}, sorted(
-        {n for of in rows.values() for n in of}, key=rank
-    )
+    names = {name for of in rows.values() for name in of}
+    return {key: rows[key] for key in sorted(rows, key=place)}, sorted(names, key=rank)
 
 
 def _division(g: Group) -> str:

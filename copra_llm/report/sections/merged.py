@@ -74,8 +74,8 @@ def headline(groups: Sequence[Group]) -> list[Group]:
 
 def merged_table(caption: str, groups: Sequence[Group]) -> Table:
     rows = [
-        (*g.heads, len(g.records), m.single, m.accuracy, m.drop,
-         m.against_lora, m.single_loss, m.loss, m.loss_against_lora)
+        (*g.heads, len(g.records), m.single, m.accuracy, m.drop, m.against_lora, m.single_loss, m.loss,
+         m.loss_against_lora)
         for g in groups for m in [merged_figures(g, lora_of(g, groups))]
     ]  # fmt: skip
     columns = [

@@ -42,8 +42,7 @@ def runs_section(results: Sequence[Result]) -> Section | None:
     if not groups:
         return None
     rows = [
-        (*g.heads, len(g.records), seeds_of(g, "dev"),
-         seeds_of(g, "test"), seeds_of(g, "test", "loss"), _seconds(g),
+        (*g.heads, len(g.records), seeds_of(g, "dev"), seeds_of(g, "test"), seeds_of(g, "test", "loss"), _seconds(g),
          max(r.peak_memory_bytes for r in g.records) / 2**20 or None,
          sum(r.data.get("skipped_steps", 0) for r in g.records))
         for g in groups
@@ -66,9 +65,8 @@ def step_time_section(results: Sequence[Result]) -> Section | None:
     for r in records:
         rows.append((model_of(r), "plain PEFT, bare loop", r.metrics["seconds_per_step/bare PEFT"] * 1000, None))
         for name in (key.removeprefix("ratio/") for key in r.metrics if key.startswith("ratio/")):
-            rows.append(
-                (model_of(r), f"this loop, {name}", r.metrics[f"seconds_per_step/{name}"] * 1000, _ratio(r, name))
-            )
+            seconds = r.metrics[f"seconds_per_step/{name}"]
+            rows.append((model_of(r), f"this loop, {name}", 1000 * seconds, _ratio(r, name)))
     columns = [("model",), ("loop",), ("a step [ms]", ".0f"), ("relative to plain PEFT", ".2f")]
     note = "Ratios of medians over interleaved rounds; in brackets the range over rounds."
     made: Table = table("Time of a step", columns, rows, 2, note)
