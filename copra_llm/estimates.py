@@ -10,7 +10,7 @@ Statistics 7, 1979); Abramowitz and Stegun 26.7.5 for the expansion of t around 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,12 @@ def seed_estimate(values: Sequence[float]) -> Estimate:
         return exact(mean)
     half = t_975(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Estimate(mean, mean - half, mean + half)
+
+
+def paired_estimate(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> Estimate | None:
+    """Mean of the first minus the second over what both have (seeds, say); None where they share nothing."""
+    shared = [key for key in first if key in second]
+    return seed_estimate([first[key] - second[key] for key in shared]) if shared else None
 
 
 def bootstrap_mean(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:

@@ -9,12 +9,16 @@ Between `<!-- begin NAME -->` and `<!-- end NAME -->` stands what NAME's functio
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from copra_llm.report import connectivity_table, find_results, plot_curves, step_time_table
 from copra_llm.results import Result, write_atomic
 from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
 from copra_llm.summaries.landscape_plots import draw
+from copra_llm.summaries.mtl15 import suite_table
 from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table
 from copra_llm.summaries.shapley import shapley_details, shapley_table
 from copra_llm.summaries.speed import coalitions_table, estimators_table, merging_table
@@ -23,9 +27,34 @@ from copra_llm.summaries.together import federated_table, multitask_details, mul
 
 EVAL = Path(__file__).parent
 README = EVAL.parent / "README.md"
+
+
+def tuned(records: Sequence[Result]) -> list[Result]:
+    """Lines at the settings that eval/interpolation tuned: it draws them whole, eval/mtl15 their ends and middle."""
+
+    def setting(r: Result) -> tuple:
+        return tuple(r.config[key] for key in ("model_name_or_path", "task", "label", "learning_rate", "max_steps"))
+
+    lines = [r for r in records if r.protocol == "interpolation"]
+    whole = {setting(r) for r in lines if len(r.data["alpha"]) > 3}
+    return [r for r in lines if setting(r) in whole]
+
+
+def tuned_table(records: Sequence[Result]) -> str:
+    """The table of the tuned settings."""
+    return connectivity_table(tuned(records))
+
+
+def planned_suite(records: Sequence[Result]) -> str:
+    """The table of eval/mtl15's model and tasks at its one setting."""
+    ((model, plan),) = yaml.safe_load((EVAL / "mtl15" / "plan.yaml").read_text(encoding="utf-8")).items()
+    (rate,), (steps,) = plan["learning_rate"], plan["max_steps"]
+    return suite_table(records, model, plan["tasks"], rate, steps)
+
+
 TABLES = {
     "demo": (connectivity_table, "demo"),
-    "interpolation": (connectivity_table, "interpolation"),
+    "interpolation": (tuned_table, "interpolation"),
     "shapley": (shapley_table, "shapley"),
     "layerwise": (layerwise_table, "landscape"),
     "federated": (federated_table, "federated"),
@@ -44,6 +73,7 @@ PAGES = {
         "along": (along_table, "sweep"),
         "schedules": (schedules_table, "sweep"),
     },
+    EVAL / "mtl15" / "README.md": {"suite": (planned_suite, "interpolation")},
     EVAL / "multitask" / "README.md": {"multitask_details": (multitask_details, "multitask")},
     EVAL / "landscape" / "README.md": {
         "plane": (plane_table, "landscape"),
@@ -86,8 +116,7 @@ def main() -> int:
     for page, text in after.items():
         write_atomic(page, text)
     for folder in ("demo", "interpolation"):
-        curves = [r for r in records_of(folder) if r.protocol == "interpolation"]
-        fused = [r for r in curves if r.config["merge_method"] == "fusion"]
+        fused = [r for r in tuned(records_of(folder)) if r.config["merge_method"] == "fusion"]
         plot_curves(fused, EVAL / folder / "curves")
     if pruned := records_of("pruning"):
         plot_pruning(pruned, EVAL / "pruning" / "curves")

@@ -15,10 +15,11 @@ from copra_llm.cli import main
 from copra_llm.coalitions import CoalitionGame
 from copra_llm.config import RunConfig, dump_yaml
 from copra_llm.errors import InputError
+from copra_llm.figures.shapley import thirds
 from copra_llm.protocols.layer_values import Plan, run_plan
 from copra_llm.protocols.plans import read_plans
 from copra_llm.results import Result, read_result
-from copra_llm.summaries.shapley import shapley_details, shapley_table, thirds
+from copra_llm.summaries.shapley import shapley_details, shapley_table
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,6 +19,7 @@ ROWS = [
     ["merge", "prune", "quantise", "build", "similarity"],
     ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
     + ["prefixes", "coalitions", "ledger"],
+    ["figures"],
     ["protocols", "report", "summaries"],
     ["cli"],
 ]
@@ -72,6 +73,18 @@ def test_imports_go_up(unit):
 def test_no_cycles():
     """Not within a row either: the order exists."""
     assert list(TopologicalSorter(graph()).static_order())
+
+
+def test_markdown_tables_are_written_in_one_place():
+    """The line below a table's heading stands in `report.tables` alone, docstrings aside."""
+    writing = set()
+    for file in PACKAGE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        said = {ast.get_docstring(n, clean=False) for n in nodes if isinstance(n, ast.Module | ast.FunctionDef)}
+        texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)} - said
+        if any("---|" in text or "|---" in text for text in texts):
+            writing.add(str(file.relative_to(PACKAGE)))
+    assert writing == {"report/tables.py"}
 
 
 def test_nothing_outside_is_imported():

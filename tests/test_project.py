@@ -1,5 +1,6 @@
 """Does what the project says of itself hold: the README's tables, its tree, the launch configurations?"""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -29,6 +30,21 @@ def test_a_changed_record_would_show(tmp_path):
     changed = README[: first.start(1)] + "12.3" + README[first.end(1) :]
     assert readme.filled(README) == README
     assert readme.filled(changed) != changed
+
+
+def test_settings_that_were_not_tuned_are_in_another_table():
+    """Lines of three points are eval/mtl15's: they change its table, and no figure of eval/interpolation's."""
+    sys.path.insert(0, str(ROOT / "eval"))
+    import readme
+
+    records = readme.records_of("interpolation")
+    whole = next(r for r in records if r.protocol == "interpolation" and len(r.data["alpha"]) > 3)
+    data = {key: whole.data[key][:: len(whole.data["alpha"]) // 2] for key in ("alpha", "accuracy", "loss", "correct")}
+    config = whole.config | {"task": "yahoo", "learning_rate": 0.004, "max_steps": 300, "seeds": [7, 8]}
+    metrics = {name.replace(whole.config["task"], "yahoo"): value for name, value in whole.metrics.items()}
+    more = [*records, dataclasses.replace(whole, config=config, metrics=metrics, data=data)]
+    assert readme.tuned_table(more) == readme.tuned_table(records)
+    assert readme.planned_suite(more) != readme.planned_suite(records)
 
 
 def test_the_tree_names_every_module():

@@ -13,16 +13,18 @@ from copra_llm.adapters import load_adapter_weights
 from copra_llm.cli import main
 from copra_llm.config import RunConfig, read_settings
 from copra_llm.errors import InputError
+from copra_llm.estimates import t_975
 from copra_llm.evaluate import Evaluation
 from copra_llm.evaluator import AdapterEvaluator
+from copra_llm.figures.pruning import averaged, pruning_series
 from copra_llm.protocols import pruning
 from copra_llm.protocols.plans import read_plans
 from copra_llm.protocols.pruning import Plan, run_plan
 from copra_llm.prune import Variant, structured_names
-from copra_llm.report import find_results, t_975
+from copra_llm.report import find_results
 from copra_llm.results import Result, read_result
 from copra_llm.saved_runs import SavedRun
-from copra_llm.summaries.pruning import averaged, plot_pruning, pruning_details, pruning_series, pruning_table
+from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table
 from copra_llm.train import train_adapter
 from copra_llm.variants import evaluate_variants, figure_variants, unfinished_file
 

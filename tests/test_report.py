@@ -9,21 +9,17 @@ import numpy as np
 import pytest
 
 from copra_llm.errors import InputError
+from copra_llm.estimates import Estimate, seed_estimate, t_975
+from copra_llm.figures.pairs import difference_estimate, drop_estimate, metric_difference
 from copra_llm.report import (
-    Estimate,
-    connectivity_cells,
     connectivity_table,
-    difference_estimate,
-    drop_estimate,
     find_results,
-    loss_difference_estimate,
     plot_curves,
-    seed_estimate,
     step_time_table,
-    t_975,
     training_table,
     write_report,
 )
+from copra_llm.report.sections.connectivity import connectivity_cells
 from copra_llm.results import Result, pack_bits, write_result
 
 ALPHA = [0.0, 0.5, 1.0]
@@ -113,7 +109,7 @@ def test_loss_differences_are_paired_by_seeds():
     pairs = [(0, 1), (0, 2), (1, 2)]
     first = [curve("copra", [8, 8, 8], losses=(0, 0.3 + i + j, 0), seeds=(i, j)) for i, j in pairs]
     second = [curve("lora", [8, 8, 8], losses=(0, 0.9 + i + j, 0), seeds=(i, j)) for i, j in [(1, 3), *pairs[::-1]]]
-    estimate = loss_difference_estimate(first, second)
+    estimate = metric_difference(first, second, "loss@0.5")
     assert [estimate.mean, estimate.low, estimate.high] == pytest.approx([-0.6] * 3)
 
 
@@ -122,7 +118,7 @@ def test_losses_of_records_without_shared_seeds_have_no_interval():
     records = [curve("copra", [8, 8, 8], losses=(0, 0.3, 0)), curve("lora", [8, 8, 8], losses=(0, 0.9, 0))]
     for r in records:
         del r.config["seeds"]
-    estimate = loss_difference_estimate(records[:1], records[1:])
+    estimate = metric_difference(records[:1], records[1:], "loss@0.5")
     assert estimate.mean == pytest.approx(-0.6) and math.isnan(estimate.low)
     assert "-0.60" in connectivity_table(records)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from copra_llm.estimates import Estimate, bootstrap_pairs, exact
-from copra_llm.report.groups import grouped, short_names, styles
+from copra_llm.figures.groups import grouped, short_names, styles
 from copra_llm.report.palette import (
     DASHES,
     LEVELS,

@@ -7,16 +7,13 @@ import pytest
 import report_records as made
 
 from copra_llm.estimates import Estimate, seed_estimate
+from copra_llm.figures.layers import barrier
+from copra_llm.figures.merged import lora_of, merged_groups
+from copra_llm.figures.pairs import curve_estimates, finest_lines
 from copra_llm.report.document import Figure, Section
-from copra_llm.report.pairs import curve_estimates, finest_lines
 from copra_llm.report.sections.landscape import plane_section
-from copra_llm.report.sections.layers import barrier, layers_section
-from copra_llm.report.sections.merged import (
-    headline,
-    lora_of,
-    merged_groups,
-    merged_section,
-)
+from copra_llm.report.sections.layers import layers_section
+from copra_llm.report.sections.merged import headline, merged_section
 from copra_llm.report.sections.pruning import pruning_section
 from copra_llm.report.sections.runs import runs_section, step_time_section
 from copra_llm.report.sections.shapley import shapley_section

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import report_records as made
 
+from copra_llm.figures.runs import spread
 from copra_llm.results import Result
 from copra_llm.summaries.mtl15 import suite_rows, suite_table
-from copra_llm.summaries.sweep import along_table, schedules_table, spread, sweep_table
+from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
 
 
 def pair(
@@ -38,16 +39,25 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("| \n").split("|")]
 
 
+def suite(results: list[Result]) -> str:
+    return suite_table(results, "minilm", ["cb", "rte", "sst2", "boolq"], 0.004, 300)
+
+
 def test_a_row_a_task_and_the_mean_below():
-    lines = suite_table(SUITE).splitlines()
-    assert cells(lines[0])[1:] == ["LoRA: single / fused / mixture", "CopRA: single / fused / mixture"]
-    assert [cells(line) for line in lines[2:5]] == [
-        ["rte", "85.0 / 68.0 / 80.0", "85.0 / 76.0 / –"],
-        ["sst2", "85.0 / 70.0 / 80.0", "85.0 / 76.0 / –"],
-        ["**mean of 2**", "85.0 / 69.0 / 80.0", "85.0 / 76.0 / –"],
-    ]
+    lines = suite(SUITE).splitlines()
+    assert cells(lines[0])[1:] == ["LoRA: single / fused / mixture", "CopRA: single / fused / mixture",
+                                   "CopRA minus LoRA, fused"]  # fmt: skip
     # Gains of 8 and 6 points: mean 7, and t with one degree of freedom times sqrt(2) / sqrt(2).
-    assert lines[-1].startswith("CopRA minus LoRA, mean over 2 tasks: single 0.0 [0.0, 0.0], fused 7.0 [-5.7, 19.7]")
+    assert [cells(line) for line in lines[2:5]] == [
+        ["rte", "85.0 / 68.0 / 80.0", "85.0 / 76.0 / –", "8.0"],
+        ["sst2", "85.0 / 70.0 / 80.0", "85.0 / 76.0 / –", "6.0"],
+        ["**mean of 2**", "85.0 / 69.0 / 80.0", "85.0 / 76.0 / –", "7.0 [-5.7, 19.7]"],
+    ]
+    assert lines[6].startswith("The mean is over the 2 tasks that all methods have") and "over tasks" in lines[6]
+    assert (
+        lines[8] == "CopRA minus LoRA over these: single 0.0 [0.0, 0.0], drop when fused smaller by 7.0 [-5.7, 19.7]."
+    )
+    assert lines[10:] == ["Not run at this setting yet: cb, boolq."]
 
 
 def test_only_one_setting_counts_and_no_variant():
@@ -56,14 +66,19 @@ def test_only_one_setting_counts_and_no_variant():
         pair("sst2", "lora", "fusion", (10, 10, 10), steps=150),
         pair("sst2", "copra", "fusion", (10, 10, 10), variant="cosine"),
     ]
-    assert suite_table(SUITE + others) == suite_table(SUITE)
-    assert suite_rows(others, 0.004, 300) == {}
+    assert suite(SUITE + others) == suite(SUITE)
+    assert suite_rows(others, "minilm", 0.004, 300) == {}
 
 
 def test_a_task_that_a_method_lacks_is_no_part_of_the_mean():
-    lines = suite_table([*SUITE, pair("cb", "lora", "fusion", (50, 50, 50))]).splitlines()
-    assert cells(lines[2]) == ["cb", "50.0 / 50.0 / –", "–"]
-    assert cells(lines[5])[0] == "**mean of 2**"
+    lines = suite([*SUITE, pair("cb", "lora", "fusion", (50, 50, 50))]).splitlines()
+    assert cells(lines[2]) == ["cb", "50.0 / 50.0 / –", "–", "–"]
+    assert cells(lines[5])[0] == "**mean of 2**" and lines[-1] == "Not run at this setting yet: boolq."
+
+
+def test_one_task_has_no_mean():
+    lines = suite(SUITE[:3]).splitlines()
+    assert len(lines) == 5 and lines[-1] == "Not run at this setting yet: cb, rte, boolq."
 
 
 def test_the_grid_has_a_column_a_rate():
@@ -105,4 +120,4 @@ def test_along_a_run_each_step_has_its_column():
 
 def test_no_records_no_table():
     other = made.lines(("lora",), ("sst2",), merge_method="mixture", points=3)
-    assert suite_table([]) == sweep_table(other) == schedules_table(other) == along_table(other) == ""
+    assert suite([]) == sweep_table(other) == schedules_table(other) == along_table(other) == ""

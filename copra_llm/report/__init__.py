@@ -1,30 +1,20 @@
 """What do the result records say? Tables, plots and one HTML page, all made from the records alone.
 
-    records.py    which records there are          groups.py     which of them are repetitions
-    sections/     records -> figures and tables    document.py   figures and tables -> markup
+    records.py    which records there are          ../figures    records -> numbers with intervals
+    sections/     numbers -> figures and tables    document.py   figures and tables -> markup
     plots/        numbers -> SVG                   tables.py     one table as HTML, CSV, Markdown
     page.py       the whole page                   write.py      records in, page out
 
 Every mean has its 95 % interval over seeds (`copra_llm.estimates`) or pairs of seeds (`copra_llm.bands`).
 """
 
-from copra_llm.estimates import Estimate, seed_estimate, t_975
-from copra_llm.report.curves import COLOURS, plot_curves, require_matplotlib
-from copra_llm.report.groups import NAMES, ORDER
-from copra_llm.report.pairs import (
-    difference_estimate,
-    drop_estimate,
-    loss_difference_estimate,
-    mean_metric,
-    pair_outcomes,
-)
+from copra_llm.report.curves import plot_curves, require_matplotlib
 from copra_llm.report.records import find_results
-from copra_llm.report.sections.connectivity import Cell, connectivity_cells, connectivity_table
+from copra_llm.report.sections.connectivity import connectivity_table
 from copra_llm.report.sections.runs import step_time_table, training_table
 from copra_llm.report.write import write_report
 
 __all__ = [
-    "COLOURS", "NAMES", "ORDER", "Cell", "Estimate", "connectivity_cells", "connectivity_table", "difference_estimate",
-    "drop_estimate", "find_results", "loss_difference_estimate", "mean_metric", "pair_outcomes", "plot_curves",
-    "require_matplotlib", "seed_estimate", "step_time_table", "t_975", "training_table", "write_report",
+    "connectivity_table", "find_results", "plot_curves", "require_matplotlib", "step_time_table", "training_table",
+    "write_report",
 ]  # fmt: skip

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from copra_llm.bands import curve_band
 from copra_llm.errors import InputError
-from copra_llm.report.groups import NAMES, ORDER
+from copra_llm.figures.groups import by_place
+from copra_llm.figures.merged import merged_groups
+from copra_llm.figures.pairs import curve_estimates
 from copra_llm.results import Result
 
-COLOURS = {"lora": "#c2452d", "copra": "#1f6f8b", "coto": "#7a9e3b"}
-"""Distinguishable without colour vision by their lightness."""
+COLOURS = {"LoRA": "#c2452d", "CopRA": "#1f6f8b", "CoTo": "#7a9e3b"}
+"""Of a method's lines; distinguishable without colour vision by their lightness."""
 
 
 def require_matplotlib() -> None:
@@ -37,23 +37,18 @@ def plot_curves(records: Sequence[Result], stem: Path) -> list[Path]:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    where = list(dict.fromkeys((r.config["model_name_or_path"], r.config["task"]) for r in records))
-    figure = Figure(figsize=(3.4 * len(where) + 0.6, 5.6), layout="constrained")
-    axes = figure.subplots(2, len(where), squeeze=False, sharex=True)
-    for column, (model, task) in enumerate(where):
-        groups = defaultdict(list)
-        for r in records:
-            if (r.config["model_name_or_path"], r.config["task"]) == (model, task):
-                groups[r.config["label"]].append(r)
-        for label in sorted(groups, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)):
-            for row, quantity in enumerate(("accuracy", "loss")):
-                axis = axes[row, column]
-                grid, band = curve_band(groups[label], quantity)
-                (line,) = axis.plot(grid, band.mean, label=NAMES.get(label, label), color=COLOURS.get(label),
-                                    marker="o", markersize=3)  # fmt: skip
-                if np.isfinite(band.low).any():
-                    axis.fill_between(grid, band.low, band.high, alpha=0.18, color=line.get_color(), lw=0)
-        axes[0, column].set_title(f"{task}, {Path(model).name}", fontsize=10)
+    places = by_place(merged_groups(records))
+    figure = Figure(figsize=(3.4 * len(places) + 0.6, 5.6), layout="constrained")
+    axes = figure.subplots(2, len(places), squeeze=False, sharex=True)
+    for column, (place, here) in enumerate(places):
+        for g in here:
+            for axis, quantity in zip(axes[:, column], ("accuracy", "loss"), strict=True):
+                alpha, values = curve_estimates(g.records, quantity)
+                mean, low, high = np.array([(e.mean, e.low, e.high) for e in values]).T
+                (line,) = axis.plot(alpha, mean, label=g.name, color=COLOURS.get(g.label), marker="o", markersize=3)
+                if np.isfinite(low).any():
+                    axis.fill_between(alpha, low, high, alpha=0.18, color=line.get_color(), lw=0)
+        axes[0, column].set_title(place, fontsize=10)
         axes[1, column].set_xlabel("weight of the first adapter")
     axes[0, 0].set_ylabel("test accuracy [%]")
     axes[1, 0].set_ylabel("test loss [nats]")

@@ -13,6 +13,8 @@ from copra_llm.report.markup import Html, el, escaped, printable, slug
 
 Value = str | int | float | Estimate | None
 """What a cell holds; None is shown as a dash."""
+GROUP_COLUMNS = (("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",))
+"""Of `Group.heads`."""
 MOST_CELLS = 4000
 """Of a table on the page; a larger one is shown in part, and whole in its CSV."""
 
@@ -60,10 +62,18 @@ def table(caption: str, columns: Sequence[tuple], rows: Sequence[Sequence[Value]
 
 def markdown(t: Table) -> str:
     """With a heading and a line for each row; a bar in a name is escaped."""
-    lines = [" | ".join(c.name for c in t.columns), "|".join("---" for _ in t.columns)]
-    for row in t.rows:
-        lines.append(" | ".join(t.text(i, v).replace("|", "\\|").replace("\n", " ") for i, v in enumerate(row)))
-    return "\n".join(f"| {line} |" if i != 1 else f"|{line}|" for i, line in enumerate(lines)) + "\n"
+    head, *body = ([c.name for c in t.columns], *([t.text(i, v) for i, v in enumerate(row)] for row in t.rows))
+    return "\n".join([_line(head), f"|{'---|' * len(head)}", *map(_line, body)]) + "\n"
+
+
+def markdown_table(columns: Sequence[tuple], rows: Sequence[Sequence[Value]]) -> str:
+    """Markdown of rows below all of the `(name,)` or `(name, spec)` columns; "" where there is no row."""
+    return markdown(Table("", [Column(*column) for column in columns], rows)) if rows else ""
+
+
+def _line(cells: Sequence[str]) -> str:
+    texts = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return "|" + "".join(f" {text} |" if text else " |" for text in texts)
 
 
 def csv_text(t: Table) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from copra_llm.figures.groups import label_of, rank
 from copra_llm.report.curves import plot_curves
 from copra_llm.report.document import Section
-from copra_llm.report.groups import label_of, rank
 from copra_llm.report.page import page_html
 from copra_llm.report.records import Found, find_records
 from copra_llm.report.sections.connectivity import connectivity_table

@@ -1,1 +1,1 @@
-"""The READMEs' tables and figures, each a function of the records: Markdown, PNG and SVG."""
+"""The READMEs' tables and pictures, each a function of the records: Markdown, PNG and SVG."""

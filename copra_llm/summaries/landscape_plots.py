@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from copra_llm.report import COLOURS, NAMES, ORDER, require_matplotlib
-from copra_llm.report.curves import save_figure
+from copra_llm.figures.groups import NAMES, by_place, grouped, label_of
+from copra_llm.figures.layers import layer_barriers, layer_groups, whole_barrier
+from copra_llm.figures.similarity import COMPARED, method_of, ordered
+from copra_llm.report.curves import COLOURS, require_matplotlib, save_figure
 from copra_llm.results import Result
-from copra_llm.summaries.landscape import grouped, layer_band
 
 MARKERS = "osD^vP*X"
 
@@ -27,25 +28,24 @@ def plot_layers(records: Sequence[Result], stem: Path) -> list[Path]:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    groups = grouped(records)
-    where = list(dict.fromkeys(key[:2] for key in groups))
-    figure = Figure(figsize=(3.4 * len(where) + 0.6, 5.6), layout="constrained")
-    axes = figure.subplots(2, len(where), squeeze=False)
-    for column, place in enumerate(where):
-        own = {label: found for (*at, label), found in groups.items() if tuple(at) == place}
+    places = by_place(layer_groups(records))
+    figure = Figure(figsize=(3.4 * len(places) + 0.6, 5.6), layout="constrained")
+    axes = figure.subplots(2, len(places), squeeze=False)
+    for column, (place, here) in enumerate(places):
         for row, quantity in enumerate(("accuracy", "loss")):
             axis = axes[row, column]
             axis.axhline(0.0, color="#999", lw=0.8)
-            for i, (label, found) in enumerate(own.items()):
-                band = layer_band(found, f"{quantity}_averaging_barrier")
-                at = np.arange(len(band.mean)) + 0.12 * (i - (len(own) - 1) / 2)
-                axis.errorbar(at, band.mean, np.nan_to_num(band.high - band.mean), fmt="o", ms=4, capsize=2, lw=1,
-                              color=COLOURS.get(label), label=NAMES.get(label, label))  # fmt: skip
-        layers = next(iter(own.values()))[0].data["layers"]
+            for i, g in enumerate(here):
+                band = [*layer_barriers(g, quantity), whole_barrier(g, quantity)]
+                at = np.arange(len(band)) + 0.12 * (i - (len(here) - 1) / 2)
+                half = np.nan_to_num([e.high - e.mean for e in band])
+                axis.errorbar(at, [e.mean for e in band], half, fmt="o", ms=4, capsize=2, lw=1,
+                              color=COLOURS.get(g.label), label=g.name)  # fmt: skip
+        layers = here[0].records[0].data["layers"]
         for axis in axes[:, column]:
             axis.set_xticks(range(len(layers) + 1), [*map(str, range(len(layers))), "all"])
             axis.axvline(len(layers) - 0.5, color="#ccc", lw=0.8)
-        axes[0, column].set_title(f"{place[1]}, {place[0]}", fontsize=10)
+        axes[0, column].set_title(place, fontsize=10)
         axes[1, column].set_xlabel("layer interpolated alone")
     axes[0, 0].set_ylabel("accuracy lost at α = 0.5 [points]")
     axes[1, 0].set_ylabel("loss gained at α = 0.5 [nats]")
@@ -62,7 +62,7 @@ def plot_planes(records: Sequence[Result], stem: Path) -> list[Path]:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    records = [r for found in grouped(records).values() for r in found]
+    records = [r for g in grouped(records) for r in g.records]
     figure = Figure(figsize=(3.5 * len(records) + 0.8, 6.4), layout="constrained")
     axes = figure.subplots(2, len(records), squeeze=False)
     for row, (quantity, unit) in enumerate((("accuracy", "%"), ("loss", "nats"))):
@@ -85,8 +85,7 @@ def plot_planes(records: Sequence[Result], stem: Path) -> list[Path]:
             axis.set_aspect("equal")
             if column == len(records) - 1 or records[column + 1].config["task"] != r.config["task"]:
                 figure.colorbar(filled, ax=axis, label=f"{quantity} [{unit}]", shrink=0.8)
-            label = r.config["label"]
-            axis.set_title(f"{NAMES.get(label, label)}, {r.config['task']}", fontsize=10)
+            axis.set_title(f"{label_of(r)}, {r.config['task']}", fontsize=10)
     return save_figure(figure, stem)
 
 
@@ -102,13 +101,13 @@ def plot_similarity(records: Sequence[Result], stem: Path) -> list[Path]:
     figure = Figure(figsize=(10.5, 4.6 * len(records)), layout="constrained")
     axes = figure.subplots(len(records), 2, squeeze=False)
     for (scatter, heat), r in zip(axes, records, strict=True):
-        on = {"delta": "ΔW", "factors": "A and B"}[r.config["on"]]
-        points = sorted(enumerate(r.data["points"]), key=lambda pair: _place(pair[1]))
-        _scatter(scatter, [p for _, p in points])
+        on = COMPARED[r.config["on"]]
+        order = ordered(r)
+        points = [r.data["points"][i] for i in order]
+        _scatter(scatter, points)
         scatter.set_title(f"{'+'.join(r.config.get('tasks', []))}: t-SNE of {on} (numbers: seeds)", fontsize=10)
-        order = [i for i, _ in points]
         image = heat.imshow(np.array(r.data["cosine"])[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r")
-        names = [f"{NAMES.get(p['method'], p['method'] or '')} {p['label']}" for _, p in points]
+        names = [f"{method_of(p)} {p['label']}" if p["method"] else p["label"] for p in points]
         heat.set_xticks([])  # the rows' order
         heat.set_yticks(range(len(names)), names, fontsize=6)
         heat.set_title(f"cosine similarity of {on}", fontsize=10)
@@ -121,9 +120,9 @@ def _scatter(axis, points: Sequence[dict]) -> None:
     for method, rate in dict.fromkeys((p["method"], p["learning_rate"]) for p in points):
         own = [p for p in points if (p["method"], p["learning_rate"]) == (method, rate)]
         places = np.array([(p["x"], p["y"]) for p in own], dtype=float)  # None (too few adapters) becomes NaN
-        label = NAMES.get(method, str(method)) + (f", lr {rate:g}" if rate is not None else "")
-        axis.plot(*places.T, MARKERS[rates.index(rate) % len(MARKERS)], ls="", color=COLOURS.get(method), label=label,
-                  ms=7, alpha=0.85)  # fmt: skip
+        name = NAMES.get(method, str(method))
+        axis.plot(*places.T, MARKERS[rates.index(rate) % len(MARKERS)], ls="", color=COLOURS.get(name), ms=7,
+                  alpha=0.85, label=name + (f", lr {rate:g}" if rate is not None else ""))  # fmt: skip
         for p, place in zip(own, places, strict=True):
             if p["seed"] is not None and np.isfinite(place).all():
                 axis.annotate(str(p["seed"]), place, fontsize=7, xytext=(5, 3), textcoords="offset points")
@@ -162,10 +161,3 @@ def _outline() -> list:
     from matplotlib.patheffects import withStroke
 
     return [withStroke(linewidth=1.5, foreground="black")]
-
-
-def _place(point: dict) -> tuple:
-    """Methods in the usual order, then learning rate, steps and seed; what is not known comes last."""
-    method = ORDER.index(point["method"]) if point["method"] in ORDER else len(ORDER)
-    rest = [(point[name] is None, point[name] or 0) for name in ("learning_rate", "steps", "seed")]
-    return method, str(point["method"]), *rest

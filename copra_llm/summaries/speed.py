@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from operator import itemgetter
 
+from copra_llm.estimates import Estimate
+from copra_llm.report.tables import markdown_table
 from copra_llm.results import Result
 
 
@@ -20,37 +22,36 @@ def merging_table(results: Iterable[Result]) -> str:
 
 def estimators_table(results: Iterable[Result]) -> str:
     """Markdown: errors of the default estimator and of `adjusted` against the best of shapiq's, by game and budget."""
-    head = ["game", "evaluations", "`quadrature`", "`adjusted`", "best of shapiq's four", "ratio", "ratio, equal time",
-            "best of shapiq's eight", "ratio", "calibration"]  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for r in (r for r in results if r.protocol == "speed_shapley"):
-        for game, cells in r.data["games"].items():
-            for budget in sorted({c["budget"] for c in cells}):
-                lines.append(_estimators_row(game, budget, cells, r.config))
-    return "\n".join(lines) + "\n"
+    rows = [
+        (game, budget, *_estimators_cells(budget, cells, r.config))
+        for r in results
+        if r.protocol == "speed_shapley"
+        for game, cells in r.data["games"].items()
+        for budget in sorted({c["budget"] for c in cells})
+    ]
+    columns = [
+        ("game",), ("evaluations",), ("`quadrature`",), ("`adjusted`",), ("best of shapiq's four",), ("ratio",),
+        ("ratio, equal time",), ("best of shapiq's eight",), ("ratio",), ("calibration",),
+    ]  # fmt: skip
+    return markdown_table(columns, rows)
 
 
 def coalitions_table(results: Iterable[Result]) -> str:
     """Markdown: what coalitions cost that share hidden states, against one evaluation each."""
-    lines = ["| model | coalitions | way | plain / this, CPU seconds | blocks: plain / this | values differ by |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    records = [r for r in results if r.protocol == "speed_coalitions"]
-    for r in records:
-        for key, ratio in ((k, v) for k, v in r.metrics.items() if k.startswith("ratio/")):
-            name = key.removeprefix("ratio/")
+    rows = []
+    for r in (r for r in results if r.protocol == "speed_coalitions"):
+        for name in (key.removeprefix("ratio/") for key in r.metrics if key.startswith("ratio/")):
             model, coalitions, way = name.split("/")
-            low, high, apart = (
-                r.metrics[f"{what}/{name}"] for what in ("ratio_min", "ratio_max", "largest_difference")
-            )
+            ratio = Estimate(*(r.metrics[f"{what}/{name}"] for what in ("ratio", "ratio_min", "ratio_max")))
             blocks = r.metrics[f"blocks/{model}/{coalitions}/plain"] / r.metrics[f"blocks/{name}"]
-            said = f"at most {apart:.0e} nats" if apart else "nothing"
-            lines.append(
-                f"| {model} | {coalitions} | {way} | {ratio:.2f} [{low:.2f}, {high:.2f}] | {blocks:.2f} | {said} |"
-            )
-    return "\n".join(lines) + "\n" if records else ""
+            apart = r.metrics[f"largest_difference/{name}"]
+            rows.append((model, coalitions, way, ratio, blocks, f"at most {apart:.0e} nats" if apart else "nothing"))
+    columns = [("model",), ("coalitions",), ("way",), ("plain / this, CPU seconds", ".2f"),
+               ("blocks: plain / this", ".2f"), ("values differ by",)]  # fmt: skip
+    return markdown_table(columns, rows)
 
 
-def _estimators_row(game: str, budget: int, cells: list[dict], config: dict) -> str:
+def _estimators_cells(budget: int, cells: list[dict], config: dict) -> tuple[str, ...]:
     found = {(c["estimator"], c["setting"]): c for c in cells if c["budget"] == budget}
 
     def best(names: list[str], setting: str) -> dict:
@@ -59,12 +60,11 @@ def _estimators_row(game: str, budget: int, cells: list[dict], config: dict) -> 
     own, other = (found[name, "evaluations"] for name in config["ours"])
     four, eight = (best(names, "evaluations") for names in (config["named"], config["named"] + config["further"]))
     timed = best(config["named"], "time")
-    columns = [
-        game, f"{budget}", _percent(own), _percent(other), f"{_percent(four)} ({four['estimator']})",
+    return (
+        _percent(own), _percent(other), f"{_percent(four)} ({four['estimator']})",
         _error_ratio(own, four), _error_ratio(own, timed), f"{_percent(eight)} ({eight['estimator']})",
         _error_ratio(own, eight), f"{own['calibration']:.1f}, {other['calibration']:.1f}",
-    ]  # fmt: skip
-    return "| " + " | ".join(columns) + " |"
+    )  # fmt: skip
 
 
 def _percent(cell: dict) -> str:
@@ -81,32 +81,32 @@ def _error_ratio(ours: dict, theirs: dict) -> str:
 
 def _against_peft(r: Result) -> str:
     m, config = r.metrics, r.config
-    lines = ["| merged and cut to its rank | this package | PEFT | ratio |", "|---|---|---|---|"]
     square = f"{config['hidden']} × {config['hidden']}"
     tall = f"{config['mlp']} × {config['hidden']}"
-    rows = [(f"one module, {square}", "square", "svd"), (f"one module, {tall}", "tall", "svd"),
-            (f"one module, {tall}, PEFT thin", "tall", "svd thin")]  # fmt: skip
-    for what, kind, label in rows:
+    rows = []
+    for what, kind, label in (
+        (f"one module, {square}", "square", "svd"), (f"one module, {tall}", "tall", "svd"),
+        (f"one module, {tall}, PEFT thin", "tall", "svd thin"),
+    ):  # fmt: skip
         ours, theirs = m[f"cpu_seconds/{kind}/truncated"], m[f"cpu_seconds/{kind}/PEFT {label}"]
-        lines.append(f"| {what} | {_seconds(ours)} | {_seconds(theirs)} | {m[f'cpu_ratio/{kind}, {label}']:.0f} |")
-    for label in ("svd", "svd thin"):
-        theirs = m[f"cpu_seconds/whole, PEFT {label}, extrapolated"]
-        what = f"all {7 * config['layers']} modules{', PEFT thin' if label == 'svd thin' else ''}"
-        ours, ratio = m["cpu_seconds/whole/truncated"], m[f"cpu_ratio/whole, {label}"]
-        lines.append(f"| {what} | {_seconds(ours)} | {_seconds(theirs)} (extrapolated) | {ratio:.0f} |")
+        rows.append((what, _seconds(ours), _seconds(theirs), f"{m[f'cpu_ratio/{kind}, {label}']:.0f}"))
+    for label, thin in (("svd", ""), ("svd thin", ", PEFT thin")):
+        ours, theirs = m["cpu_seconds/whole/truncated"], m[f"cpu_seconds/whole, PEFT {label}, extrapolated"]
+        rows.append((f"all {7 * config['layers']} modules{thin}", _seconds(ours), f"{_seconds(theirs)} (extrapolated)",
+                     f"{m[f'cpu_ratio/whole, {label}']:.0f}"))  # fmt: skip
     ours, theirs = m["cpu_seconds/square/ties on delta"], m["cpu_seconds/square/PEFT ties_svd"]
-    ratio = m["cpu_ratio/square, ties on delta"]
-    lines.append(f"| `ties --on delta`, one module, {square} | {_seconds(ours)} | {_seconds(theirs)} | {ratio:.1f} |")
+    rows.append((f"`ties --on delta`, one module, {square}", _seconds(ours), _seconds(theirs),
+                 f"{m['cpu_ratio/square, ties on delta']:.1f}"))  # fmt: skip
+    columns = [("merged and cut to its rank",), ("this package",), ("PEFT",), ("ratio",)]
     far = max(value for name, value in m.items() if name.startswith("distance_to_PEFT/"))
     memory = m["peak_gib/whole, this package"]
     note = f"Peak memory of the whole merge, adapters included: {memory:.1f} GiB. The results differ from PEFT's by at "
-    return "\n".join(lines) + f"\n\n{note}most {far:.1g} of their norm: PEFT's SVD is in float32.\n"
+    return f"{markdown_table(columns, rows)}\n{note}most {far:.1g} of their norm: PEFT's SVD is in float32.\n"
 
 
 def _every_rule(r: Result) -> str:
-    head = "one layer (7 modules), by rule, seconds"
-    named = [(name.removeprefix("cpu_seconds/layer/"), value) for name, value in r.metrics.items() if "/layer/" in name]
-    return f"| {head} | |\n|---|---|\n" + "".join(f"| `{name}` | {value:.2f} |\n" for name, value in named)
+    rows = [(f"`{name.removeprefix('cpu_seconds/layer/')}`", v) for name, v in r.metrics.items() if "/layer/" in name]
+    return markdown_table([("one layer (7 modules), by rule, seconds",), ("", ".2f")], rows)
 
 
 def _seconds(value: float) -> str:

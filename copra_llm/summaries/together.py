@@ -6,35 +6,41 @@ t); the last column is the difference to plain LoRA, paired over seeds.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from copra_llm.estimates import Estimate, seed_estimate
-from copra_llm.report import NAMES, ORDER
+from copra_llm.estimates import paired_estimate
+from copra_llm.figures.groups import Group, rank
+from copra_llm.figures.together import at_end, federated_groups, merged_by, multitask_groups, task_accuracy
+from copra_llm.report.tables import Value, markdown_table
 from copra_llm.results import Result
 
-Group = dict[str, dict[int, Result]]
-"""The records of a row: by method, then by seed."""
+Rows = dict[tuple[str, ...], dict[str, Group]]
+"""What is compared, the rule last -> by method."""
+Number = Callable[[Result], float]
+RULES = ("fusion", "mixture", "truncated")
+"""The paper's two rules first, then their relative, then the others by name."""
 
 
 def federated_table(results: Iterable[Result]) -> str:
     """One row a model, task, way of dividing the data and merge rule; accuracies in percent, losses in nats."""
-    rows = _grouped((r for r in results if r.protocol == "federated"), _federation)
-    if not rows:
-        return ""
-    methods = _methods(rows)
-    names = [NAMES.get(method, method) for method in methods]
-    head = ["model", "task", "clients", "merged by", *(f"clients' acc., {n}" for n in names)]
-    head += [*(f"merged acc., {n}" for n in names), f"merged loss, {' / '.join(names)}", *_difference_heads(methods)]
-    lines = []
-    for key, group in rows.items():
-        origin, merged, loss = (_metric(key[1], name) for name in ("accuracy/origin", "accuracy/merged", "loss/merged"))
-        cells = [_mean(group, method, origin, ".1f", interval=False) for method in methods]
-        cells += [_mean(group, method, merged, ".1f") for method in methods]
-        cells += [" / ".join(_mean(group, method, loss, ".2f", interval=False) for method in methods)]
-        lines.append([*key, *cells, *_differences(group, methods, merged)])
-    return _markdown(head, lines)
+    rows, names = _compared(federated_groups(results), lambda g: (g.model, g.task, _division(g), merged_by(g)))
+
+    def last(which: str, name: str) -> Number:
+        return lambda r: at_end(r, which, name)
+
+    merged = last("merged", "accuracy")
+    columns = [("model",), ("task",), ("clients",), ("merged by",), *((f"clients' acc., {n}", ".1f") for n in names),
+               *((f"merged acc., {n}", ".1f") for n in names), (f"merged loss, {' / '.join(names)}",),
+               *_difference_columns(names)]  # fmt: skip
+    made = [
+        (*key, *(_mean(of, n, last("origin", "accuracy")) for n in names),
+         *(of[n].estimate(merged) if n in of else None for n in names),
+         " / ".join(_text(_mean(of, n, last("merged", "loss")), ".2f") for n in names),
+         *_differences(of, names, merged))
+        for key, of in rows.items()
+    ]  # fmt: skip
+    return markdown_table(columns, made)
 
 
 def multitask_table(results: Iterable[Result]) -> str:
@@ -44,91 +50,63 @@ def multitask_table(results: Iterable[Result]) -> str:
 
 def multitask_details(results: Iterable[Result]) -> str:
     """One row a model, group of tasks and merge rule: mean accuracy over the tasks, in percent of the single ones."""
-    rows = _grouped((r for r in results if r.protocol == "multitask"), _group_of_tasks)
-    if not rows:
-        return ""
-    methods = _methods(rows)
-    names = [NAMES.get(method, method) for method in methods]
-    head = ["model", "tasks", "merged by", *(f"acc. single → merged, {n}" for n in names)]
-    head += [*(f"normalised, {n}" for n in names), *_difference_heads(methods)]
-    lines = []
-    for key, group in rows.items():
-        single, merged, share = (_metric("mean", f"accuracy/{name}") for name in ("single", "merged", "normalised"))
-        cells = [
-            f"{_mean(group, m, single, '.1f', interval=False)} → {_mean(group, m, merged, '.1f', interval=False)}"
-            for m in methods
-        ]
-        cells += [_mean(group, method, share, ".1f") for method in methods]
-        lines.append([*key, *cells, *_differences(group, methods, share)])
-    return _markdown(head, lines)
+    rows, names = _compared(multitask_groups(results), lambda g: (g.model, g.task, merged_by(g)))
+
+    def mean(which: str) -> Number:
+        return lambda r: task_accuracy(r, "mean", which)
+
+    share = mean("normalised")
+    columns = [("model",), ("tasks",), ("merged by",), *((f"acc. single → merged, {n}",) for n in names),
+               *((f"normalised, {n}", ".1f") for n in names), *_difference_columns(names)]  # fmt: skip
+    made = [
+        (*key, *(" → ".join(_text(_mean(of, n, mean(which)), ".1f") for which in ("single", "merged")) for n in names),
+         *(of[n].estimate(share) if n in of else None for n in names), *_differences(of, names, share))
+        for key, of in rows.items()
+    ]  # fmt: skip
+    return markdown_table(columns, made)
 
 
-def paired_difference(group: Group, method: str, value: Callable[[Result], float]) -> Estimate:
-    """`value` of a method minus plain LoRA's, over the seeds that both have; NaN where there is none."""
-    ours, plain = group.get(method, {}), group.get("lora", {})
-    shared = sorted(ours.keys() & plain.keys())
-    if not shared:
-        return Estimate(math.nan, math.nan, math.nan)
-    return seed_estimate([value(ours[seed]) - value(plain[seed]) for seed in shared])
+def _compared(groups: Iterable[Group], key: Callable[[Group], tuple[str, ...]]) -> tuple[Rows, list[str]]:
+    """The rows in their order, and the methods that any of them has."""
+    rows: Rows = defaultdict(dict)
+    for g in groups:
+        row = rows[key(g)]
+        row[f"{g.name}, {g.run}" if g.name in row else g.name] = g
+
+    def place(key: tuple[str, ...]) -> tuple:
+        return key[:-1], RULES.index(key[-1]) if key[-1] in RULES else len(RULES), key[-1]
+
+    names = {name for of in rows.values() for name in of}
+    return {key: rows[key] for key in sorted(rows, key=place)}, sorted(names, key=rank)
 
 
-def _federation(result: Result) -> tuple[str, ...]:
-    c = result.config
+def _division(g: Group) -> str:
+    """How the data is divided, and in what clients differ."""
+    c = g.records[0].config
     split = "iid" if c["split_kind"] == "iid" else f"Dirichlet {c['beta']:g}"
     more = [f"{c['rounds']} rounds"] * (c["rounds"] > 1)
     more += [f"{name} {' '.join(map(str, values))}" for name, values in c.get("each", {}).items()]
-    return c["model_name_or_path"], c["task"], ", ".join([f"{c['clients']}, {split}", *more]), _rule(c)
+    return ", ".join([f"{c['clients']}, {split}", *more])
 
 
-def _group_of_tasks(result: Result) -> tuple[str, ...]:
-    return result.config["model_name_or_path"], " + ".join(result.config["tasks"]), _rule(result.config)
+def _mean(of: dict[str, Group], name: str, value: Number) -> float | None:
+    return of[name].estimate(value).mean if name in of else None
 
 
-def _rule(config: dict) -> str:
-    options = ", ".join(f"{key} {value}" for key, value in config["merge_options"].items())
-    return config["merge_method"] + (f" ({options})" if options else "")
+def _text(value: float | None, spec: str) -> str:
+    return "–" if value is None else f"{value:{spec}}"
 
 
-def _grouped(results: Iterable[Result], key: Callable[[Result], tuple[str, ...]]) -> dict[tuple[str, ...], Group]:
-    rows: dict[tuple[str, ...], Group] = defaultdict(lambda: defaultdict(dict))
-    for result in results:
-        rows[key(result)][result.config["method"]][result.config["seed"]] = result
-    return {key: rows[key] for key in sorted(rows, key=lambda k: (k[:-1], _RULES.get(k[-1], len(_RULES)), k[-1]))}
+def _others(names: Sequence[str]) -> list[str]:
+    """The methods that are compared with LoRA."""
+    return [name for name in names if name != "LoRA"] if "LoRA" in names else []
 
 
-_RULES = {"fusion": 0, "mixture": 1, "truncated": 2}
-"""The paper's two rules first, then their relative, then the others by name."""
+def _difference_columns(names: Sequence[str]) -> list[tuple]:
+    return [(f"{name} minus LoRA", ".1f") for name in _others(names)]
 
 
-def _methods(rows: dict[tuple[str, ...], Group]) -> list[str]:
-    present = {method for group in rows.values() for method in group}
-    return sorted(present, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
-
-
-def _metric(task: str, name: str) -> Callable[[Result], float]:
-    return lambda result: result.metrics[f"test/{task}/{name}"]
-
-
-def _mean(group: Group, method: str, value: Callable[[Result], float], spec: str, interval: bool = True) -> str:
-    if method not in group:
-        return "–"
-    estimate = seed_estimate([value(group[method][seed]) for seed in sorted(group[method])])
-    return format(estimate if interval else estimate.mean, spec)
-
-
-def _difference_heads(methods: Sequence[str]) -> list[str]:
-    if "lora" not in methods:
-        return []
-    return [f"{NAMES.get(method, method)} minus LoRA" for method in methods if method != "lora"]
-
-
-def _differences(group: Group, methods: Sequence[str], value: Callable[[Result], float]) -> list[str]:
-    if "lora" not in methods:
-        return []
-    estimates = [paired_difference(group, method, value) for method in methods if method != "lora"]
-    return ["–" if math.isnan(e.mean) else format(e, ".1f") for e in estimates]
-
-
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
-    rows = ["| " + " | ".join(row) + " |\n" for row in [head, *lines]]
-    return "".join([rows[0], "|" + "---|" * len(head) + "\n", *rows[1:]])
+def _differences(of: dict[str, Group], names: Sequence[str], value: Number) -> list[Value]:
+    """Each method minus LoRA over the seeds that both have."""
+    values = {name: g.by_seed(value) for name, g in of.items()}
+    return [paired_estimate(values.get(name, {}), values.get("LoRA", {})) for name in _others(names)]

@@ -47,6 +47,15 @@ def _limits(series: Sequence[Bars], limit: tuple[float, float] | None) -> tuple[
     return (0.0 if low < 0 and all(e.mean >= 0 and not e.low < 0 for e in values) else low), high
 
 
+def bars_in_words(series: Sequence[Bars], names: Sequence[str]) -> str:
+    """Every bar's value by the name of its row."""
+    said = []
+    for i, name in enumerate(names):
+        values = (f"{s.name} {s.values[i]:.1f}" for s in series if s.values[i] is not None)
+        said.append(f"{name}: {', '.join(values)}")
+    return "; ".join(said)
+
+
 def upright_bars(
     series: Sequence[Bars],
     categories: Sequence[str],

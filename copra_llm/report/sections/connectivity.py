@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from copra_llm.report.pairs import (
-    difference_estimate,
-    drop_estimate,
-    loss_difference_estimate,
-    mean_metric,
-    single_metric,
-)
-from copra_llm.report.sections.merged import merge_name, merged_groups
+from copra_llm.figures.groups import Group
+from copra_llm.figures.merged import lora_of, merge_name, merged_figures, merged_groups
+from copra_llm.report.tables import markdown_table
 from copra_llm.results import Result
 
 
@@ -25,48 +20,41 @@ class Cell:
     method: str
     learning_rate: float
     steps: int
-    curves: dict[str, list[Result]]
+    curves: dict[str, Group]
     """By merge method."""
 
 
 def connectivity_cells(results: Iterable[Result]) -> list[Cell]:
     """Group interpolation records; the settings with curves are the tuned ones."""
-    cells: dict[tuple, dict[str, list[Result]]] = {}
+    cells: dict[tuple, dict[str, Group]] = {}
     for g in merged_groups(results):
-        cells.setdefault((g.model, g.task, g.name, g.learning_rate, g.steps), {})[merge_name(g)] = g.records
+        cells.setdefault((g.model, g.task, g.name, g.learning_rate, g.steps), {})[merge_name(g)] = g
     return [Cell(*key, curves=curves) for key, curves in cells.items()]
 
 
 def connectivity_table(results: Iterable[Result]) -> str:
     """Markdown: single and merged accuracy and loss, the drop, and each method against LoRA."""
     cells = connectivity_cells(results)
-    if not cells:
-        return ""
-    lines = [
-        "| model | task | method | lr, steps | single acc. | fused acc. | drop when fused | fused acc. minus LoRA's "
-        "| mixture acc. | single / fused / mixture loss | fused loss minus LoRA's |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    fused = [cell.curves["fusion"] for cell in cells if "fusion" in cell.curves]
+    rows = []
     for cell in cells:
-        fusion, mixture = cell.curves.get("fusion"), cell.curves.get("mixture")
-        lora = next((c for c in cells if (c.model, c.task, c.method) == (cell.model, cell.task, "LoRA")), None)
+        fusion, mixture = (
+            merged_figures(g, lora_of(g, fused)) if (g := cell.curves.get(rule)) else None
+            for rule in ("fusion", "mixture")
+        )
         both = fusion or mixture
         if both is None:
             continue
-        against, loss_against = "–", "–"
-        if lora is not None and lora is not cell and fusion and lora.curves.get("fusion"):
-            against = str(difference_estimate(fusion, lora.curves["fusion"]))
-            loss_against = f"{loss_difference_estimate(fusion, lora.curves['fusion']):.2f}"
-        losses = [f"{mean_metric(c, 'loss@0.5'):.2f}" if c else "–" for c in (fusion, mixture)]
-        row = (
-            cell.model, cell.task, cell.method, f"{cell.learning_rate:g}, {cell.steps}",
-            f"{single_metric(both, 'accuracy'):.1f}",
-            f"{mean_metric(fusion, 'accuracy@0.5'):.1f}" if fusion else "–",
-            str(drop_estimate(fusion)) if fusion else "–",
-            against,
-            f"{mean_metric(mixture, 'accuracy@0.5'):.1f}" if mixture else "–",
-            " / ".join([f"{single_metric(both, 'loss'):.2f}", *losses]),
-            loss_against,
-        )  # fmt: skip
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+        losses = [both.single_loss.mean, *(m and m.loss.mean for m in (fusion, mixture))]
+        rows.append((
+            cell.model, cell.task, cell.method, f"{cell.learning_rate:g}, {cell.steps}", both.single.mean,
+            fusion and fusion.accuracy.mean, fusion and fusion.drop, fusion and fusion.against_lora,
+            mixture and mixture.accuracy.mean, " / ".join("–" if v is None else f"{v:.2f}" for v in losses),
+            fusion and fusion.loss_against_lora,
+        ))  # fmt: skip
+    columns = [
+        ("model",), ("task",), ("method",), ("lr, steps",), ("single acc.", ".1f"), ("fused acc.", ".1f"),
+        ("drop when fused", ".1f"), ("fused acc. minus LoRA's", ".1f"), ("mixture acc.", ".1f"),
+        ("single / fused / mixture loss",), ("fused loss minus LoRA's", ".2f"),
+    ]  # fmt: skip
+    return markdown_table(columns, rows)

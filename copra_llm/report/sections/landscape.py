@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from copra_llm.figures.groups import Group, grouped
 from copra_llm.report.document import Figure, Panel, Section
-from copra_llm.report.groups import Group, grouped
 from copra_llm.report.plots.heat import heat_map
 from copra_llm.report.tables import table
 from copra_llm.results import Result

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from copra_llm.estimates import Estimate
+from copra_llm.figures.groups import Group, by_place, short_names, styles
+from copra_llm.figures.layers import layer_barriers, layer_groups, whole_barrier
 from copra_llm.report.document import Figure, Panel, Section, keys_of
-from copra_llm.report.groups import Group, by_place, grouped, short_names, styles
-from copra_llm.report.pairs import over_pairs
 from copra_llm.report.plots.bars import Bars, upright_bars
-from copra_llm.report.tables import table
+from copra_llm.report.tables import GROUP_COLUMNS, table
 from copra_llm.results import Result
 
-KEYS = ("merge_method", "merge_options", "split")
 UNITS = {"accuracy": ("points", ".1f"), "loss": ("nats", ".3f")}
 KINDS = {
     "barrier": (
@@ -29,13 +27,13 @@ KINDS = {
 
 
 def layers_section(results: Sequence[Result]) -> Section | None:
-    groups = grouped((r for r in results if r.protocol == "layerwise"), KEYS)
+    groups = layer_groups(results)
     if not groups:
         return None
     blocks = []
     for method in dict.fromkeys(str(g.values[0] or "fusion") for g in groups):
         same = [g for g in groups if str(g.values[0] or "fusion") == method]
-        blocks += [_figure(kind, method, same) for kind in KINDS if any(_values(g, "loss", kind) for g in same)]
+        blocks += [_figure(kind, method, same) for kind in KINDS if any(layer_barriers(g, "loss", kind) for g in same)]
     text = (
         "One layer at a time is interpolated towards a second adapter; all others stay the first adapter's. "
         "Positive: the layer does not merge well by itself. Means over pairs of seeds, each in both orders, with 95 % "
@@ -44,59 +42,27 @@ def layers_section(results: Sequence[Result]) -> Section | None:
     return Section("Layer-wise barriers", text, blocks)
 
 
-def barrier(alpha: Sequence[float], values: Sequence[float], quantity: str) -> float:
-    """Deepest dip below the chord between the ends: percentage points, or nats with the sign turned."""
-    a, m = np.array(alpha, dtype=float), np.array(values, dtype=float)
-    below = a * m[-1] + (1 - a) * m[0] - m
-    return float(np.max(below if quantity == "accuracy" else -below))
-
-
-def _values(g: Group, quantity: str, kind: str) -> list[Estimate] | None:
-    """A barrier a layer; the plain one is computed from the lines, another one is the records' own."""
-    layers = g.records[0].data["layers"]
-    if kind == "barrier":
-        found = [[barrier(r.data["alpha"], line, quantity) for line in r.data[quantity]] for r in g.records]
-    else:
-        names = [_metric_name(r, f"{quantity}_{kind}/{layer}") for r in g.records for layer in layers]
-        if None in names:
-            return None
-        found = [[r.metrics[_metric_name(r, f"{quantity}_{kind}/{layer}")] for layer in layers] for r in g.records]
-    return over_pairs(g.records, found)
-
-
-def _whole(g: Group, quantity: str, kind: str) -> Estimate | None:
-    names = [_metric_name(r, f"{quantity}_{kind}_whole") for r in g.records]
-    if None in names:
-        return None
-    return over_pairs(g.records, [[r.metrics[n]] for r, n in zip(g.records, names, strict=True)])[0]
-
-
-def _metric_name(r: Result, name: str) -> str | None:
-    full = f"{r.config['split']}/{r.config['task']}/{name}"
-    return next((n for n in (full, name) if n in r.metrics), None)
-
-
 def _figure(kind: str, method: str, groups: Sequence[Group]) -> Figure:
     style = styles(g.name for g in groups)
     title, note = KINDS[kind]
     panels, rows = [], []
     for place, here in by_place(groups):
         for quantity, (unit, spec) in UNITS.items():
-            shown = [(g, values) for g in here if (values := _values(g, quantity, kind))]
+            shown = [(g, values) for g in here if (values := layer_barriers(g, quantity, kind))]
             layers = short_names(here[0].records[0].data["layers"])
             bars = [Bars(g.name, style[g.name], values) for g, values in shown]
             drawing = upright_bars(bars, layers, "layer", f"{quantity} [{unit}]", spec=spec)
             panels.append(Panel(f"{place}: {quantity}", _words(shown, layers, quantity, kind, unit, spec), drawing))
             rows += [
-                (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(g.records), quantity, layer, value)
+                (*g.heads, len(g.records), quantity, layer, value)
                 for g, values in shown
-                for layer, value in [*zip(layers, values, strict=True), ("(whole adapter)", _whole(g, quantity, kind))]
+                for layer, value in [
+                    *zip(layers, values, strict=True),
+                    ("(whole adapter)", whole_barrier(g, quantity, kind)),
+                ]
                 if value is not None
             ]
-    columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",),
-        ("pairs", "d"), ("of",), ("layer",), (kind.replace("_", " "), ".3f"),
-    ]  # fmt: skip
+    columns = [*GROUP_COLUMNS, ("pairs", "d"), ("of",), ("layer",), (kind.replace("_", " "), ".3f")]
     made = table(f"{title}, {method}", columns, rows, 3)
     keys = keys_of(style, [g.name for g in groups], "bar")
     return Figure(f"{title}: {method}", note, panels, made, keys)
@@ -107,7 +73,7 @@ def _words(shown, layers: Sequence[str], quantity: str, kind: str, unit: str, sp
     for g, values in shown:
         means = [v.mean for v in values]
         worst = int(np.nanargmax(means)) if np.isfinite(means).any() else 0
-        whole = _whole(g, quantity, kind)
+        whole = whole_barrier(g, quantity, kind)
         all_at_once = f", all layers at once {whole:{spec}}" if whole else ""
         said.append(f"{g.name}: mean {np.mean(means):{spec}}, largest {values[worst]:{spec}} at layer {layers[worst]}"
                     f"{all_at_once}")  # fmt: skip

@@ -1,57 +1,21 @@
-"""Adapters that were merged: along the line between two, single against merged, every method against LoRA.
-
-Accuracy of the ends is the mean of both; of the merge, that at weight 1/2.
-"""
+"""Adapters that were merged: along the line between two, single against merged, every method against LoRA."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from copra_llm.estimates import Estimate, exact
+from copra_llm.estimates import Estimate
+from copra_llm.figures.groups import Group, by_place, styles
+from copra_llm.figures.merged import lora_of, merge_name, merged_figures, merged_groups
+from copra_llm.figures.pairs import curve_estimates, finest_lines, single_metric
 from copra_llm.report.document import Figure, Panel, Section, keys_of
-from copra_llm.report.groups import Group, by_place, grouped, styles
-from copra_llm.report.pairs import (
-    curve_estimates,
-    difference_estimate,
-    drop_estimate,
-    finest_lines,
-    loss_difference_estimate,
-    pair_metric,
-    single_metric,
-)
 from copra_llm.report.plots.lines import Line, line_plot
 from copra_llm.report.plots.points import Dot, dots
-from copra_llm.report.tables import Table, table
+from copra_llm.report.tables import GROUP_COLUMNS, Table, table
 from copra_llm.results import Result
-
-KEYS = ("merge_method", "merge_options", "split")
-
-
-def merged_groups(results: Iterable[Result]) -> list[Group]:
-    """Lines between two adapters, all pairs of seeds together."""
-    return grouped((r for r in results if r.protocol == "interpolation"), KEYS)
-
-
-def merge_name(g: Group) -> str:
-    """Merge method with its options."""
-    method, options, split = g.values
-    name = f"{method} ({options})" if options else str(method)
-    return name if split == "test" else f"{name}, on {split}"
-
-
-def lora_of(g: Group, groups: Sequence[Group]) -> Group | None:
-    """LoRA under the same merge method, on the same task; None if there is none, or `g` is it.
-
-    Each method has its own tuned settings; where LoRA has several, the one with the same settings is meant.
-    """
-    if g.label == "LoRA":
-        return None
-    like = [o for o in groups if (o.label, o.model, o.task, o.values) == ("LoRA", g.model, g.task, g.values)]
-    same = [o for o in like if (o.learning_rate, o.steps, o.settings) == (g.learning_rate, g.steps, g.settings)]
-    return like[0] if len(like) == 1 else same[0] if same else None
 
 
 def merged_section(results: Sequence[Result]) -> Section | None:
@@ -80,7 +44,7 @@ def overview_figure(name: str, groups: Sequence[Group]) -> Figure:
         rows, said = [], []
         for task in dict.fromkeys(g.task for g in groups if g.model == model):
             here = headline([g for g in groups if (g.model, g.task) == (model, task)])
-            row = [Dot(g.name, style[g.name], drop_estimate(g.records), _from_to(g)) for g in here]
+            row = [_dot(g, style[g.name]) for g in here]
             rows.append((task, row))
             said.append(f"{task}: " + ", ".join(f"{dot.name} {dot.value:.1f} ({dot.text})" for dot in row))
         words = f"Percentage points of accuracy lost by merging (single → merged accuracy). {'; '.join(said)}."
@@ -109,19 +73,13 @@ def headline(groups: Sequence[Group]) -> list[Group]:
 
 
 def merged_table(caption: str, groups: Sequence[Group]) -> Table:
-    rows = []
-    for g in groups:
-        lora, curves = lora_of(g, groups), g.records
-        rows.append((
-            g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(curves),
-            exact(single_metric(curves, "accuracy")), _merged_accuracy(g), drop_estimate(curves),
-            difference_estimate(curves, lora.records) if lora else None,
-            exact(single_metric(curves, "loss")), pair_metric(curves, "loss@0.5"),
-            loss_difference_estimate(curves, lora.records) if lora else None,
-        ))  # fmt: skip
+    rows = [
+        (*g.heads, len(g.records), m.single, m.accuracy, m.drop, m.against_lora, m.single_loss, m.loss,
+         m.loss_against_lora)
+        for g in groups for m in [merged_figures(g, lora_of(g, groups))]
+    ]  # fmt: skip
     columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",),
-        ("pairs", "d"), ("single acc.", ".1f"), ("merged acc.", ".1f"), ("drop", ".1f"),
+        *GROUP_COLUMNS, ("pairs", "d"), ("single acc.", ".1f"), ("merged acc.", ".1f"), ("drop", ".1f"),
         ("merged acc. minus LoRA's", ".1f"), ("single loss", ".2f"), ("merged loss", ".2f"),
         ("merged loss minus LoRA's", ".2f"),
     ]  # fmt: skip
@@ -144,20 +102,14 @@ def curves_figure(name: str, groups: Sequence[Group], quantity: str = "accuracy"
             alpha, values = curve_estimates(g.records, quantity)
             lines.append(Line(g.name, style[g.name], alpha, values))
             said.append(_curve_words(g.name, alpha, values, spec))
-            rows += [
-                (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(finest_lines(g.records)), a, value)
-                for a, value in zip(alpha, values, strict=True)
-            ]
+            rows += [(*g.heads, len(finest_lines(g.records)), a, value) for a, value in zip(alpha, values, strict=True)]
         drawing = line_plot(
             lines, "weight of the first adapter, α", f"{quantity} [{unit}]", within=within, spec=spec,
             x_ticks=[0.0, 0.25, 0.5, 0.75, 1.0],
         )  # fmt: skip
         words = f"{quantity.capitalize()} in {'percent' if unit == '%' else unit}. {'; '.join(said)}."
         panels.append(Panel(title, words, drawing))
-    columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",),
-        ("pairs", "d"), ("weight", ".3g"), (quantity, spec),
-    ]  # fmt: skip
+    columns = [*GROUP_COLUMNS, ("pairs", "d"), ("weight", ".3g"), (quantity, spec)]
     return Figure(
         f"{quantity.capitalize()} along the line: {name}",
         "Line: mean over the pairs of seeds, each in both directions. Band: 95 % interval at each point (jackknife "
@@ -168,12 +120,9 @@ def curves_figure(name: str, groups: Sequence[Group], quantity: str = "accuracy"
     )
 
 
-def _merged_accuracy(g: Group) -> Estimate:
-    return pair_metric(g.records, "accuracy@0.5")
-
-
-def _from_to(g: Group) -> str:
-    return f"{single_metric(g.records, 'accuracy'):.1f} → {_merged_accuracy(g).mean:.1f}"
+def _dot(g: Group, style: int) -> Dot:
+    m = merged_figures(g)
+    return Dot(g.name, style, m.drop, f"{m.single.mean:.1f} → {m.accuracy.mean:.1f}")
 
 
 def _curve_words(name: str, alpha: Sequence[float], values: Sequence[Estimate], spec: str) -> str:

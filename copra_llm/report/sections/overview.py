@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from copra_llm.figures.groups import label_of, model_of, rank, tasks_of
 from copra_llm.report.document import Folded, Section
-from copra_llm.report.groups import label_of, model_of, rank, tasks_of
 from copra_llm.report.records import Found
 from copra_llm.report.tables import Table, table
 from copra_llm.results import Result

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from copra_llm.estimates import Estimate, seed_estimate
+from copra_llm.figures.groups import Group, by_place, styles
+from copra_llm.figures.pruning import Variant, outcomes, pruning_groups
 from copra_llm.report.document import Figure, Panel, Section, keys_of
-from copra_llm.report.groups import Group, by_place, grouped, label_of, styles
-from copra_llm.report.plots.bars import Bars, lying_bars
+from copra_llm.report.plots.bars import Bars, bars_in_words, lying_bars
 from copra_llm.report.plots.lines import Line, line_plot
-from copra_llm.report.tables import Table, table
+from copra_llm.report.tables import GROUP_COLUMNS, Table, table
 from copra_llm.results import Result
 
 KINDS = {
@@ -17,21 +18,18 @@ KINDS = {
     "unstructured": "Entries taken away",
     "quantised": "Adapter in fewer bits",
 }
-Row = dict
-Key3 = tuple[str, str, float | None]
-"""(kind, name, density) of a pruned adapter."""
 
 
 def pruning_section(results: Sequence[Result]) -> Section | None:
-    groups = grouped((r for r in results if r.protocol == "pruning"), ("split",), label=_label)
+    groups = pruning_groups(results)
     if not groups:
         return None
     blocks: list[Figure | Table] = []
     for kind, draw in (("structured", _bars), ("unstructured", _curves), ("quantised", _bars)):
-        having = [g for g in groups if any(key[0] == kind for key in _outcomes(g))]
+        having = [g for g in groups if any(key[0] == kind for key in outcomes(g))]
         if having:
             blocks.append(_figure(kind, having, draw))
-    known = {key[0] for g in groups for key in _outcomes(g)}
+    known = {key[0] for g in groups for key in outcomes(g)}
     if known - set(KINDS):
         others = sorted(known - set(KINDS))
         blocks.append(_table(f"Pruned otherwise: {', '.join(others)}", groups, lambda kind: kind in others))
@@ -42,21 +40,7 @@ def pruning_section(results: Sequence[Result]) -> Section | None:
     return Section("Pruning", text, blocks)
 
 
-def _label(r: Result) -> str:
-    """Early adapters are a series of their own."""
-    return f"Early {label_of(r)}" if r.config.get("checkpoint") == "early" else label_of(r)
-
-
-def _outcomes(g: Group) -> dict[Key3, list[Row]]:
-    """Rows of all seeds by what was done, in the order of the records."""
-    found: dict[Key3, list[Row]] = {}
-    for r in g.records:
-        for row in r.data["rows"]:
-            found.setdefault((row["kind"], row["name"], row.get("density")), []).append(row)
-    return found
-
-
-def _estimate(rows: Sequence[Row], name: str = "accuracy") -> Estimate | None:
+def _estimate(rows: Sequence[dict], name: str = "accuracy") -> Estimate | None:
     values = [row[name] for row in rows if row.get(name) is not None]
     return seed_estimate(values) if values else None
 
@@ -76,28 +60,24 @@ def _figure(kind: str, groups: Sequence[Group], draw: Callable) -> Figure:
 
 def _bars(kind: str, title: str, here: Sequence[Group], style: dict[str, int]) -> list[Panel]:
     """One panel: a row a kind of pruning, a bar a method."""
-    outcomes = [_outcomes(g) for g in here]
-    cases = list(dict.fromkeys(key for o in outcomes for key in o if key[0] == kind))
+    found = [outcomes(g) for g in here]
+    cases = list(dict.fromkeys(key for o in found for key in o if key[0] == kind))
     names = _names(cases)
     series = [
         Bars(g.name, style[g.name], [_estimate(o[case]) if case in o else None for case in cases])
-        for g, o in zip(here, outcomes, strict=True)
+        for g, o in zip(here, found, strict=True)
     ]
-    said = [
-        f"{name}: " + ", ".join(f"{s.name} {s.values[i]:.1f}" for s in series if s.values[i] is not None)
-        for i, name in enumerate(names)
-    ]
-    words = f"Accuracy in percent. {'; '.join(said)}."
+    words = f"Accuracy in percent. {bars_in_words(series, names)}."
     return [Panel(title, words, lying_bars(series, names, "accuracy [%]", limit=(0, 100)))]
 
 
 def _curves(kind: str, title: str, here: Sequence[Group], style: dict[str, int]) -> list[Panel]:
     """A panel a way of choosing the entries, a line a method over the densities."""
     panels = []
-    for name in dict.fromkeys(key[1] for g in here for key in _outcomes(g) if key[0] == kind):
+    for name in dict.fromkeys(key[1] for g in here for key in outcomes(g) if key[0] == kind):
         lines, said = [], []
         for g in here:
-            found = {key[2]: _estimate(rows) for key, rows in _outcomes(g).items() if key[:2] == (kind, name)}
+            found = {key[2]: _estimate(rows) for key, rows in outcomes(g).items() if key[:2] == (kind, name)}
             densities = sorted(d for d, e in found.items() if d is not None and e is not None)
             if densities:
                 lines.append(Line(g.name, style[g.name], densities, [found[d] for d in densities]))
@@ -108,7 +88,7 @@ def _curves(kind: str, title: str, here: Sequence[Group], style: dict[str, int])
     return panels
 
 
-def _names(cases: Sequence[Key3]) -> list[str]:
+def _names(cases: Sequence[Variant]) -> list[str]:
     """Names of cases; with the density where a name has several."""
     several = {name for _, name, _ in cases if sum(other == name for _, other, _ in cases) > 1}
     return [f"{name} at {density:g}" if name in several and density is not None else name for _, name, density in cases]
@@ -116,15 +96,14 @@ def _names(cases: Sequence[Key3]) -> list[str]:
 
 def _table(caption: str, groups: Sequence[Group], wanted: Callable[[str], bool]) -> Table:
     rows = [
-        (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, g.values[0], name, density, len(found),
+        (*g.heads, g.values[0], name, density, len(found),
          _estimate(found), _estimate(found, "loss"), found[0].get("parameters"), found[0].get("bytes"))
         for g in groups
-        for (kind, name, density), found in _outcomes(g).items()
+        for (kind, name, density), found in outcomes(g).items()
         if wanted(kind)
     ]  # fmt: skip
     columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",), ("split",),
-        ("pruning",), ("density", ".3g"), ("seeds", "d"), ("accuracy", ".1f"), ("loss", ".2f"), ("parameters", ",d"),
-        ("bytes", ",.0f"),
+        *GROUP_COLUMNS, ("split",), ("pruning",), ("density", ".3g"), ("seeds", "d"), ("accuracy", ".1f"),
+        ("loss", ".2f"), ("parameters", ",d"), ("bytes", ",.0f"),
     ]  # fmt: skip
     return table(caption, columns, rows, 3, "Accuracies in percent, losses in nats.")

@@ -6,23 +6,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from copra_llm.estimates import Estimate, seed_estimate
+from copra_llm.estimates import Estimate
+from copra_llm.figures.groups import Group, model_of
+from copra_llm.figures.runs import run_groups, seeds_of
 from copra_llm.report.document import Section
-from copra_llm.report.groups import Group, grouped, model_of
-from copra_llm.report.tables import Table, markdown, table
+from copra_llm.report.tables import GROUP_COLUMNS, Table, markdown_table, table
 from copra_llm.results import Result
-
-
-def run_groups(results: Iterable[Result]) -> list[Group]:
-    """Training runs, all seeds of one setting together."""
-    return grouped(r for r in results if r.protocol == "train")
-
-
-def seeds_of(g: Group, split: str, name: str = "accuracy") -> Estimate | None:
-    """A metric over seeds; None where not every run has it."""
-    key = f"{split}/{g.task_key}/{name}"
-    values = [r.metrics[key] for r in g.records if key in r.metrics]
-    return seed_estimate(values) if len(values) == len(g.records) else None
 
 
 def training_table(results: Iterable[Result]) -> str:
@@ -32,24 +21,20 @@ def training_table(results: Iterable[Result]) -> str:
          seeds_of(g, "test"), f"{_mean(g, 'test', 'loss'):.2f}", f"{_seconds(g):.0f}")
         for g in run_groups(results)
     ]  # fmt: skip
-    names = ("model", "task", "method", "lr, steps", "seeds", "dev acc.", "test acc.", "test loss", "seconds")
-    specs = (None, None, None, None, None, ".1f", ".1f", None, None)
-    return markdown(table("", list(zip(names, specs, strict=True)), rows)) if rows else ""
+    columns = [("model",), ("task",), ("method",), ("lr, steps",), ("seeds",), ("dev acc.", ".1f"),
+               ("test acc.", ".1f"), ("test loss",), ("seconds",)]  # fmt: skip
+    return markdown_table(columns, rows)
 
 
 def step_time_table(results: Iterable[Result]) -> str:
     """Markdown: time of a step of each loop relative to plain PEFT in a bare loop."""
-    rows = []
-    for r in (r for r in results if r.protocol == "step_time"):
-        cells = [r.config["model_name_or_path"], f"{1000 * r.metrics['seconds_per_step/bare PEFT']:.0f} ms"]
-        for name in ("LoRA", "CopRA"):
-            ratio, low, high = (r.metrics[f"{key}/{name}"] for key in ("ratio", "ratio_min", "ratio_max"))
-            cells.append(f"{ratio:.2f} [{low:.2f}, {high:.2f}]")
-        rows.append("| " + " | ".join(cells) + " |")
-    if not rows:
-        return ""
-    head = "| model | plain PEFT, bare loop | this loop, LoRA | this loop, CopRA |\n|---|---|---|---|\n"
-    return head + "\n".join(rows) + "\n"
+    rows = [
+        (r.config["model_name_or_path"], f"{1000 * r.metrics['seconds_per_step/bare PEFT']:.0f} ms",
+         *(_ratio(r, name) for name in ("LoRA", "CopRA")))
+        for r in results if r.protocol == "step_time"
+    ]  # fmt: skip
+    columns = [("model",), ("plain PEFT, bare loop",), ("this loop, LoRA", ".2f"), ("this loop, CopRA", ".2f")]
+    return markdown_table(columns, rows)
 
 
 def runs_section(results: Sequence[Result]) -> Section | None:
@@ -57,16 +42,14 @@ def runs_section(results: Sequence[Result]) -> Section | None:
     if not groups:
         return None
     rows = [
-        (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, len(g.records), seeds_of(g, "dev"),
-         seeds_of(g, "test"), seeds_of(g, "test", "loss"), _seconds(g),
+        (*g.heads, len(g.records), seeds_of(g, "dev"), seeds_of(g, "test"), seeds_of(g, "test", "loss"), _seconds(g),
          max(r.peak_memory_bytes for r in g.records) / 2**20 or None,
          sum(r.data.get("skipped_steps", 0) for r in g.records))
         for g in groups
     ]  # fmt: skip
     columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",),
-        ("seeds", "d"), ("dev acc.", ".1f"), ("test acc.", ".1f"), ("test loss", ".2f"), ("seconds", ".0f"),
-        ("peak memory [MiB]", ".0f"), ("skipped steps", "d"),
+        *GROUP_COLUMNS, ("seeds", "d"), ("dev acc.", ".1f"), ("test acc.", ".1f"), ("test loss", ".2f"),
+        ("seconds", ".0f"), ("peak memory [MiB]", ".0f"), ("skipped steps", "d"),
     ]  # fmt: skip
     note = (
         "Accuracies in percent, losses in nats; intervals 95 % over seeds (Student's t). Seconds: median over seeds. "
@@ -82,12 +65,17 @@ def step_time_section(results: Sequence[Result]) -> Section | None:
     for r in records:
         rows.append((model_of(r), "plain PEFT, bare loop", r.metrics["seconds_per_step/bare PEFT"] * 1000, None))
         for name in (key.removeprefix("ratio/") for key in r.metrics if key.startswith("ratio/")):
-            ratio = Estimate(*(r.metrics[f"{key}/{name}"] for key in ("ratio", "ratio_min", "ratio_max")))
-            rows.append((model_of(r), f"this loop, {name}", r.metrics[f"seconds_per_step/{name}"] * 1000, ratio))
+            seconds = r.metrics[f"seconds_per_step/{name}"]
+            rows.append((model_of(r), f"this loop, {name}", 1000 * seconds, _ratio(r, name)))
     columns = [("model",), ("loop",), ("a step [ms]", ".0f"), ("relative to plain PEFT", ".2f")]
     note = "Ratios of medians over interleaved rounds; in brackets the range over rounds."
     made: Table = table("Time of a step", columns, rows, 2, note)
     return Section("Time of a step", "Whole optimizer steps over the same batches.", [made]) if rows else None
+
+
+def _ratio(r: Result, name: str) -> Estimate:
+    """Relative to plain PEFT; the interval is the range over rounds."""
+    return Estimate(*(r.metrics[f"{key}/{name}"] for key in ("ratio", "ratio_min", "ratio_max")))
 
 
 def _mean(g: Group, split: str, name: str) -> float:

@@ -12,20 +12,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from copra_llm.estimates import Estimate, seed_estimate
+from copra_llm.figures.groups import Group, by_place, short_names, styles
+from copra_llm.figures.shapley import mean_evenness, shapley_groups
 from copra_llm.report.document import Figure, Panel, Section, keys_of
-from copra_llm.report.groups import Group, by_place, grouped, short_names, styles
 from copra_llm.report.plots.axes import limits
 from copra_llm.report.plots.bars import Bars, upright_bars
-from copra_llm.report.tables import Table, table
+from copra_llm.report.tables import GROUP_COLUMNS, Table, table
 from copra_llm.results import Result
 
-KEYS = ("metric", "estimator", "granularity", "split")
 NORMAL_975 = 1.959964
 """97.5 % quantile of the normal distribution."""
 
 
 def shapley_section(results: Sequence[Result]) -> Section | None:
-    groups = grouped((r for r in results if r.protocol == "shapley"), KEYS)
+    groups = shapley_groups(results)
     if not groups:
         return None
     text = (
@@ -70,13 +70,10 @@ def _figure(name: str, groups: Sequence[Group]) -> Figure:
             )
             panels.append(Panel(f"{g.name}: {title}", _words(g, players, values[id(g)], spec), drawing))
             rows += [
-                (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, g.values[1], len(g.records), player, e)
+                (*g.heads, g.values[1], len(g.records), player, e)
                 for player, e in zip(g.records[0].data["players"], values[id(g)], strict=True)
             ]
-    columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",),
-        ("estimator",), ("adapters", "d"), ("player",), ("Shapley value", _unit(groups[0])[1]),
-    ]  # fmt: skip
+    columns = [*GROUP_COLUMNS, ("estimator",), ("adapters", "d"), ("player",), ("Shapley value", _unit(groups[0])[1])]
     return Figure(
         f"Shapley values: {name}",
         "A bar a layer, from the first to the last. Panels of one model and task share their scale. Error bars are "
@@ -91,18 +88,9 @@ def _figure(name: str, groups: Sequence[Group]) -> Figure:
 def _words(g: Group, players: Sequence[str], values: Sequence[Estimate], spec: str) -> str:
     said = ", ".join(f"{player}: {e:{spec}}" for player, e in zip(players, values, strict=True))
     top = players[int(np.nanargmax([e.mean for e in values]))] if any(math.isfinite(e.mean) for e in values) else "?"
-    share = _metric(g, "top_third_share")
-    even = f" The top third of the layers holds {_percent(share):.0f} % of it." if share else ""
+    share = mean_evenness(g.records, "top_third_share")
+    even = f" The top third of the layers holds {100 * share.mean:.0f} % of it." if share else ""
     return f"Shapley value of each layer, the largest that of {top}: {said}.{even}"
-
-
-def _metric(g: Group, name: str) -> Estimate | None:
-    found = [v for r in g.records for key, v in r.metrics.items() if key.rsplit("/", 1)[-1] == name]
-    return seed_estimate(found) if len(found) == len(g.records) else None
-
-
-def _percent(e: Estimate) -> float:
-    return 100.0 * e.mean
 
 
 def _data(g: Group, name: str) -> Estimate | None:
@@ -112,15 +100,15 @@ def _data(g: Group, name: str) -> Estimate | None:
 
 def _evenness(groups: Sequence[Group]) -> Table:
     rows = [
-        (g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, *g.values[:3], len(g.records),
-         len(g.records[0].data["players"]), _metric(g, "top_third_share"), _metric(g, "gini"), _data(g, "v_empty"),
-         _data(g, "v_full"), _data(g, "evaluations"), _worst_gap(g))
+        (*g.heads, *g.values[:3], len(g.records),
+         len(g.records[0].data["players"]), *(mean_evenness(g.records, name) for name in ("top_third_share", "gini")),
+         *(_data(g, name) for name in ("v_empty", "v_full", "evaluations")), _worst_gap(g))
         for g in groups
     ]  # fmt: skip
     columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",), ("metric",),
-        ("estimator",), ("players are",), ("adapters", "d"), ("players", "d"), ("share of the top third", ".2f"),
-        ("Gini", ".2f"), ("v(none)", ".3f"), ("v(all)", ".3f"), ("evaluations", ".0f"), ("efficiency gap", ".1e"),
+        *GROUP_COLUMNS, ("metric",), ("estimator",), ("players are",), ("adapters", "d"), ("players", "d"),
+        ("share of the top third", ".2f"), ("Gini", ".2f"), ("v(none)", ".3f"), ("v(all)", ".3f"),
+        ("evaluations", ".0f"), ("efficiency gap", ".1e"),
     ]  # fmt: skip
     note = (
         "Share of the top third: of the sum of all values; 0.33 if all layers contribute alike. Gini: 0 if alike, "

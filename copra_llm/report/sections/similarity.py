@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from copra_llm.estimates import seed_estimate
+from copra_llm.figures.groups import model_of, rank, styles, tasks_of
+from copra_llm.figures.similarity import COMPARED, kinds_of_pairs, method_of, ordered
 from copra_llm.report.document import Figure, Key, Panel, Section
-from copra_llm.report.groups import NAMES, model_of, rank, styles, tasks_of
 from copra_llm.report.plots.bars import Bars, lying_bars
 from copra_llm.report.plots.heat import heat_map
 from copra_llm.report.plots.points import Point, scatter
 from copra_llm.report.tables import Table, table
 from copra_llm.results import Result
-
-SETTINGS = {"learning_rate": "learning rate", "steps": "steps", "seed": "seed"}
-"""What adapters of one method may differ in."""
-COMPARED = {"delta": "ΔW", "factors": "A and B"}
 
 
 def similarity_section(results: Sequence[Result]) -> Section | None:
@@ -43,33 +39,14 @@ def _title(r: Result) -> str:
     return f"{' + '.join(tasks_of(r))}, {model_of(r)}" + (f", {of}" if of else "")
 
 
-def _name(point: dict[str, Any]) -> str:
-    """Of the series that an adapter belongs to: its method; the adapter's own name where that is not known."""
-    raw = point.get("method") or point.get("label") or "?"
-    return NAMES.get(raw, str(raw))
-
-
 def _who(point: dict[str, Any]) -> str:
     rate, steps = point.get("learning_rate"), point.get("steps")
     settings = ("" if rate is None else f", lr {rate:g}") + (f", {steps} steps" if steps else "")
-    return f"{_name(point)}{settings}, seed {point.get('seed')}"
-
-
-def _ordered(r: Result) -> list[int]:
-    """Adapters by method, learning rate and seed, so that what belongs together lies together."""
-    points = r.data["points"]
-    return sorted(
-        range(len(points)),
-        key=lambda i: (
-            rank(_name(points[i])),
-            *(points[i].get(key) or 0 for key in ("learning_rate", "steps")),
-            str(points[i].get("seed")),
-        ),
-    )
+    return f"{method_of(point)}{settings}, seed {point.get('seed')}"
 
 
 def _series(records: Sequence[Result]) -> list[str]:
-    return sorted({_name(p) for r in records for p in r.data["points"]}, key=rank)
+    return sorted({method_of(p) for r in records for p in r.data["points"]}, key=rank)
 
 
 def _placed(r: Result) -> list[dict[str, Any]]:
@@ -85,19 +62,19 @@ def _scatter_figure(records: Sequence[Result]) -> Figure:
         placed = _placed(r)
         rates = sorted({p.get("learning_rate") for p in placed if p.get("learning_rate") is not None})
         points = [
-            Point(p["x"], p["y"], style[_name(p)], _who(p), f"{p['learning_rate']:g}" if len(rates) > 1 else "")
+            Point(p["x"], p["y"], style[method_of(p)], _who(p), f"{p['learning_rate']:g}" if len(rates) > 1 else "")
             for p in placed
         ]
         tagged = tagged or len(rates) > 1
-        counts = ", ".join(f"{name} {sum(_name(p) == name for p in placed)}" for name in names)
-        near = sum(_name(_nearest(p, placed)) == _name(p) for p in placed)
+        counts = ", ".join(f"{name} {sum(method_of(p) == name for p in placed)}" for name in names)
+        near = sum(method_of(_nearest(p, placed)) == method_of(p) for p in placed)
         words = (
             f"{len(placed)} adapters on a plane ({counts}), near ones near. The nearest neighbour of {near} of them is "
             "of the same method."
         )
         panels.append(Panel(_title(r), words, scatter(points)))
         rows += [
-            (_title(r), _name(p), p.get("learning_rate"), str(p.get("seed")), float(p["x"]), float(p["y"]))
+            (_title(r), method_of(p), p.get("learning_rate"), str(p.get("seed")), float(p["x"]), float(p["y"]))
             for p in placed
         ]
     columns = [("of",), ("method",), ("learning rate", "g"), ("seed",), ("x", ".2f"), ("y", ".2f")]
@@ -116,13 +93,13 @@ def _nearest(point: dict[str, Any], points: Sequence[dict[str, Any]]) -> dict[st
 def _cosine_figure(records: Sequence[Result]) -> Figure:
     panels, rows = [], []
     for r in records:
-        order, cosine = _ordered(r), r.data["cosine"]
+        order, cosine = ordered(r), r.data["cosine"]
         names = [_who(r.data["points"][i]) for i in order]
         cells = [[cosine[i][j] for j in order] for i in reversed(order)]
         apart = [cosine[i][j] for i in order for j in order if i != j] or [1.0]
         columns, limit = _blocks(r, order), (min(0.0, *apart), 1.0)
         drawing = heat_map(cells, columns, columns[::-1], "", "", limit=limit, spec=".2f", square=True)
-        means = "; ".join(f"{kind} {e:.2f}" for kind, _, e in _kinds_of_pairs(r))
+        means = "; ".join(f"{kind} {e:.2f}" for kind, _, e in kinds_of_pairs(r))
         words = (
             f"Cosine of every two of {len(order)} adapters, from {min(apart):.2f} to {max(apart):.2f}. Means: {means}."
         )
@@ -141,35 +118,21 @@ def _cosine_figure(records: Sequence[Result]) -> Figure:
 
 def _blocks(r: Result, order: Sequence[int]) -> list[str]:
     """A name in the middle of each method's adapters; of few adapters each one's."""
-    names = [_name(r.data["points"][i]) for i in order]
+    names = [method_of(r.data["points"][i]) for i in order]
     if len(names) <= 6:
         return [f"{n} {r.data['points'][i].get('seed')}" for n, i in zip(names, order, strict=True)]
     middles = {names.index(name) + (names.count(name) - 1) // 2: name for name in names}
     return [middles.get(i, "") for i in range(len(names))]
 
 
-def _kinds_of_pairs(r: Result) -> list[tuple[str, int, Any]]:
-    """(which pairs, how many, mean cosine) over pairs of one method and settings, of one method, of two methods."""
-    points, cosine = r.data["points"], r.data["cosine"]
-    found: dict[str, list[float]] = defaultdict(list)
-    for i in range(len(points)):
-        for j in range(i + 1, len(points)):
-            first, second = points[i], points[j]
-            names = sorted({_name(first), _name(second)}, key=rank)
-            differ = [word for key, word in SETTINGS.items() if first.get(key) != second.get(key)]
-            kind = " and ".join(names) if len(names) > 1 else f"{names[0]}, other {' and '.join(differ) or 'run'}"
-            found[kind].append(cosine[i][j])
-    return [(kind, len(values), sum(values) / len(values)) for kind, values in sorted(found.items())]
-
-
 def _cosine_table(records: Sequence[Result]) -> Table:
-    rows = [(_title(r), kind, n, float(mean)) for r in records for kind, n, mean in _kinds_of_pairs(r)]
+    rows = [(_title(r), kind, n, mean) for r in records for kind, n, mean in kinds_of_pairs(r)]
     note = "Without intervals: pairs of adapters are not independent of each other."
     return table("Mean cosine", [("of",), ("pairs of",), ("pairs", "d"), ("mean cosine", ".2f")], rows, 2, note)
 
 
 def _early_figure(records: Sequence[Result]) -> Figure:
-    names = sorted({_name(e) for r in records for e in r.data.get("early_distance") or []}, key=rank)
+    names = sorted({method_of(e) for r in records for e in r.data.get("early_distance") or []}, key=rank)
     style = styles(names)
     panels, rows, seen = [], [], set()
     for r in (r for r in records if r.data.get("early_distance")):
@@ -179,7 +142,7 @@ def _early_figure(records: Sequence[Result]) -> Figure:
         if content in seen:
             continue
         seen.add(content)
-        of = {n: [float(e["distance"]) for e in r.data["early_distance"] if _name(e) == n] for n in names}
+        of = {n: [float(e["distance"]) for e in r.data["early_distance"] if method_of(e) == n] for n in names}
         known = [n for n in names if of[n]]
         series = [Bars(n, style[n], [seed_estimate(of[n]) if m == n else None for m in known]) for n in known]
         drawing = lying_bars(series, known, "relative distance", spec=".2f", lanes=1)

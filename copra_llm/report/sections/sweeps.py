@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from copra_llm.estimates import Estimate, exact, seed_estimate
+from copra_llm.estimates import Estimate
+from copra_llm.figures.groups import NAMES, Group, by_place, styles
+from copra_llm.figures.merged import merge_name, merged_figures, merged_groups
+from copra_llm.figures.pairs import pair_metric
+from copra_llm.figures.runs import along_steps, run_groups, same_steps, seeds_of, step_groups
 from copra_llm.report.document import Figure, Key, Panel, Section
-from copra_llm.report.groups import NAMES, Group, by_place, grouped, styles
-from copra_llm.report.pairs import drop_estimate, pair_metric, single_metric
 from copra_llm.report.plots.heat import heat_map
 from copra_llm.report.plots.lines import Line, line_plot
-from copra_llm.report.sections.merged import merge_name, merged_groups
-from copra_llm.report.sections.runs import run_groups, seeds_of
 from copra_llm.report.tables import Table, table
 from copra_llm.results import Result
 
@@ -85,7 +85,7 @@ def _heat_figure(title: str, what: str, grids: dict[tuple, tuple[Grid, list[Grou
 
 
 def steps_section(results: Sequence[Result]) -> Section | None:
-    groups = grouped((r for r in results if r.protocol == "merge_over_steps"), ("merge_method", "merge_options"))
+    groups = step_groups(results)
     if not groups:
         return None
     names = {g.name: f"{g.name}, " for g in groups}
@@ -96,15 +96,15 @@ def steps_section(results: Sequence[Result]) -> Section | None:
         for place, here in by_place(g for g in groups if g.values == method):
             lines, said = [], []
             for g in here:
-                at = g.records[0].data["steps"]
-                same = [r for r in g.records if r.data["steps"] == at]
+                same = same_steps(g)
                 for which in ("single", "merged"):
-                    values = [seed_estimate(column) for column in np.array([_flat(r, which) for r in same]).T]
-                    lines.append(Line(names[g.name] + which, style[g.name], at, values, which == "single"))
-                    said.append(f"{g.name} {which} {values[0]:.1f} at step {at[0]}, {values[-1]:.1f} at step {at[-1]}")
+                    values = along_steps(same, which)
+                    at, shown = list(values), list(values.values())
+                    lines.append(Line(names[g.name] + which, style[g.name], at, shown, which == "single"))
+                    said.append(f"{g.name} {which} {shown[0]:.1f} at step {at[0]}, {shown[-1]:.1f} at step {at[-1]}")
                     rows += [
                         (g.model, g.task, g.label, g.learning_rate, g.settings, merge, len(same), which, step, v)
-                        for step, v in zip(at, values, strict=True)
+                        for step, v in values.items()
                     ]
             drawing = line_plot(lines, "training step", "accuracy [%]", within=(0, 100))
             panels.append(Panel(f"{merge}: {place}", f"Accuracy in percent. {'; '.join(said)}.", drawing))
@@ -118,11 +118,6 @@ def steps_section(results: Sequence[Result]) -> Section | None:
     figure = Figure("Accuracy along training", note, panels, made, keys)
     text = "Checkpoints of one run and of another, merged at the same step: when does merging begin to cost?"
     return Section("Along the training steps", text, [figure])
-
-
-def _flat(r: Result, which: str) -> list[float]:
-    """One value a step; where a record keeps one an adapter, their mean."""
-    return [float(np.mean(np.array(v, dtype=float))) for v in r.data[which]]
 
 
 # --- schedules --------------------------------------------------------------------------------------------
@@ -162,11 +157,7 @@ def _schedule_table(caption: str, runs: Sequence[Group], lines: Sequence[Group])
         merged = []
         for name in names:
             g = of.get(name)
-            merged += [
-                exact(single_metric(g.records, "accuracy")) if g else None,
-                pair_metric(g.records, "accuracy@0.5") if g else None,
-                drop_estimate(g.records) if g else None,
-            ]
+            merged += [m.single, m.accuracy, m.drop] if (m := g and merged_figures(g)) else [None] * 3
         rows.append((
             *key, *(_said(config.get(name)) for name in ("p_start", "p_end", "ramp_fraction", "ramp_shape")),
             config.get("granularity"), len(run.records) if run else None, seeds_of(run, "test") if run else None,

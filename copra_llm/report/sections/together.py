@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
+import itertools
+from collections.abc import Callable, Sequence
 
 from copra_llm.estimates import Estimate, seed_estimate
+from copra_llm.figures.groups import Group, by_place, styles
+from copra_llm.figures.together import (
+    at_end,
+    federated_groups,
+    mean_at_end,
+    mean_task_accuracy,
+    merged_by,
+    multitask_groups,
+)
 from copra_llm.report.document import Figure, Panel, Section, keys_of
-from copra_llm.report.groups import Group, by_place, grouped, styles
-from copra_llm.report.plots.bars import Bars, lying_bars
+from copra_llm.report.plots.bars import Bars, bars_in_words, lying_bars
 from copra_llm.report.plots.lines import Line, line_plot
 from copra_llm.report.plots.points import Dot, dots
-from copra_llm.report.tables import Table, table
+from copra_llm.report.tables import GROUP_COLUMNS, Table, table
 from copra_llm.results import Result
-
-MERGED_BY = ("merge_name", "merge_method", "merge_options")
-FEDERATED = (*MERGED_BY, "case", "clients", "split_kind", "beta", "rounds")
 
 
 def federated_section(results: Sequence[Result]) -> Section | None:
-    groups = grouped((r for r in results if r.protocol == "federated"), FEDERATED)
+    groups = federated_groups(results)
     if not groups:
         return None
     text = (
@@ -34,12 +38,6 @@ def federated_section(results: Sequence[Result]) -> Section | None:
     return Section("Federated", text, blocks)
 
 
-def _merged_by(g: Group) -> str:
-    """The rule's own name, or its method with its options."""
-    name, method, options = g.values[:3]
-    return str(name) if name else f"{method} ({options})" if options else str(method)
-
-
 def _division(g: Group) -> str:
     """How the data is divided, in short."""
     case, clients, kind, beta, rounds = g.values[3:]
@@ -48,30 +46,19 @@ def _division(g: Group) -> str:
     return f"{named}{clients} clients, {split}" + (f", {rounds} rounds" if (rounds or 1) > 1 else "")
 
 
-def _at_end(r: Result, which: str, name: str) -> float:
-    """Of the last round: "origin" (mean over clients) or "merged"."""
-    key = f"test/{r.config['task']}/{name}/{which}"
-    if key in r.metrics:
-        return r.metrics[key]
-    last = r.data["rounds"][-1]
-    found = [c[name] for c in last["clients"]] if which == "origin" else [last["merged"][name]]
-    return float(np.mean(np.array(found, dtype=float)))
-
-
 def _drop(g: Group) -> Estimate:
     """Accuracy of the clients minus that of their merge, in percentage points."""
-    return g.estimate(lambda r: _at_end(r, "origin", "accuracy") - _at_end(r, "merged", "accuracy"))
+    return g.estimate(lambda r: at_end(r, "origin", "accuracy") - at_end(r, "merged", "accuracy"))
 
 
 def _from_to(g: Group) -> str:
-    origin, merged = (g.estimate(lambda r, w=w: _at_end(r, w, "accuracy")).mean for w in ("origin", "merged"))
-    return f"{origin:.1f} → {merged:.1f}"
+    return " → ".join(f"{mean_at_end(g, which, 'accuracy').mean:.1f}" for which in ("origin", "merged"))
 
 
 def _federated_figure(groups: Sequence[Group]) -> Figure:
     style = styles(g.name for g in groups)
     panels, rows = [], []
-    for (division, place), rules in _by_rule(groups).items():
+    for (division, place), rules in _by_rule(groups, _division).items():
         drawn = [
             (rule, [Dot(g.name, style[g.name], _drop(g), _from_to(g)) for g in here]) for rule, here in rules.items()
         ]
@@ -79,20 +66,12 @@ def _federated_figure(groups: Sequence[Group]) -> Figure:
         words = f"Percentage points of accuracy lost by merging (origin → merged accuracy). {'; '.join(said)}."
         panels.append(Panel(f"{place}: {division}", words, dots(drawn, "accuracy lost [points]")))
     for g in groups:
-        both = {
-            (which, name): g.estimate(lambda r, w=which, n=name: _at_end(r, w, n))
-            for which in ("origin", "merged")
-            for name in ("accuracy", "loss")
-        }
-        rows.append((
-            g.model, g.task, g.label, g.learning_rate, g.steps, g.settings, g.values[0] or g.values[1], *g.values[2:],
-            len(g.records), both["origin", "accuracy"], both["merged", "accuracy"], _drop(g),
-            both["origin", "loss"], both["merged", "loss"],
-        ))  # fmt: skip
+        accuracy, loss = ([mean_at_end(g, which, of) for which in ("origin", "merged")] for of in ("accuracy", "loss"))
+        rows.append((*g.heads, g.values[0] or g.values[1], *g.values[2:], len(g.records), *accuracy, _drop(g), *loss))
     columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",), ("merged by",),
-        ("merge options",), ("case",), ("clients", "d"), ("split",), ("beta", "g"), ("rounds", "d"), ("runs", "d"),
-        ("origin acc.", ".1f"), ("merged acc.", ".1f"), ("drop", ".1f"), ("origin loss", ".2f"), ("merged loss", ".2f"),
+        *GROUP_COLUMNS, ("merged by",), ("merge options",), ("case",), ("clients", "d"), ("split",), ("beta", "g"),
+        ("rounds", "d"), ("runs", "d"), ("origin acc.", ".1f"), ("merged acc.", ".1f"), ("drop", ".1f"),
+        ("origin loss", ".2f"), ("merged loss", ".2f"),
     ]  # fmt: skip
     return Figure(
         "What merging the clients costs",
@@ -110,7 +89,7 @@ def _rounds_figure(groups: Sequence[Group]) -> Figure:
     style = styles(g.name for g in groups)
     panels, rows = [], []
     longer = [g for g in groups if len(g.records[0].data["rounds"]) > 1]
-    for (division, place), rules in _by_rule(longer).items():
+    for (division, place), rules in _by_rule(longer, _division).items():
         for rule, here in rules.items():
             title = f"{rule}, {division}"
             lines, said = [], []
@@ -133,13 +112,12 @@ def _rounds_figure(groups: Sequence[Group]) -> Figure:
     return Figure("Merged accuracy by round", "Means over runs of different seeds.", panels, made, keys)
 
 
-def _by_rule(groups: Sequence[Group]) -> dict[tuple[str, str], dict[str, list[Group]]]:
-    """Groups of a panel, by (how the data is divided, place), and in it by merge rule."""
+def _by_rule(groups: Sequence[Group], kind: Callable[[Group], str]) -> dict[tuple[str, str], dict[str, list[Group]]]:
+    """Groups of a panel, by (what `kind` says of them, place), and in it by merge rule."""
     found: dict[tuple[str, str], dict[str, list[Group]]] = {}
-    for division in dict.fromkeys(map(_division, groups)):
-        for rule in dict.fromkeys(map(_merged_by, groups)):
-            for place, here in by_place(g for g in groups if (_division(g), _merged_by(g)) == (division, rule)):
-                found.setdefault((division, place), {})[rule] = here
+    for what, rule in itertools.product(*(dict.fromkeys(map(name, groups)) for name in (kind, merged_by))):
+        for place, here in by_place(g for g in groups if (kind(g), merged_by(g)) == (what, rule)):
+            found.setdefault((what, place), {})[rule] = here
     return found
 
 
@@ -147,9 +125,7 @@ def _by_rule(groups: Sequence[Group]) -> dict[tuple[str, str], dict[str, list[Gr
 
 
 def multitask_section(results: Sequence[Result]) -> Section | None:
-    groups = grouped(
-        (r for r in results if r.protocol == "multitask"), MERGED_BY, tasks=lambda r: [" + ".join(r.config["tasks"])]
-    )
+    groups = multitask_groups(results)
     if not groups:
         return None
     text = (
@@ -159,25 +135,10 @@ def multitask_section(results: Sequence[Result]) -> Section | None:
     return Section("Several tasks in one adapter", text, [_multitask_figure(groups)])
 
 
-def _accuracy(g: Group, task: str, which: str) -> Estimate | None:
-    key = f"{g.records[0].config.get('split', 'test')}/{task}/accuracy/{which}"
-    values = [r.metrics[key] for r in g.records if key in r.metrics]
-    return seed_estimate(values) if len(values) == len(g.records) else None
-
-
-def _rules_by_place(groups: Sequence[Group]) -> dict[str, dict[str, list[Group]]]:
-    """Groups by place (which tasks), and in it by merge rule."""
-    found: dict[str, dict[str, list[Group]]] = {}
-    for rule in dict.fromkeys(map(_merged_by, groups)):
-        for place, here in by_place(g for g in groups if _merged_by(g) == rule):
-            found.setdefault(place, {})[rule] = here
-    return found
-
-
 def _multitask_figure(groups: Sequence[Group]) -> Figure:
     style = styles(g.name for g in groups)
     panels = []
-    for place, rules in _rules_by_place(groups).items():
+    for (_, place), rules in _by_rule(groups, lambda g: "").items():
         tasks = next(iter(rules.values()))[0].records[0].config["tasks"]
         # Of one rule every task is a row; of several each rule is one, with its mean over the tasks.
         cases = [(t, next(iter(rules)), t) for t in [*tasks, "mean"]] if len(rules) == 1 else [
@@ -185,28 +146,23 @@ def _multitask_figure(groups: Sequence[Group]) -> Figure:
         series = []
         for name in dict.fromkeys(g.name for here in rules.values() for g in here):
             of = {rule: next((g for g in here if g.name == name), None) for rule, here in rules.items()}
-            values = [_accuracy(of[rule], task, "normalised") if of[rule] else None for _, rule, task in cases]
+            values = [mean_task_accuracy(of[rule], task, "normalised") if of[rule] else None for _, rule, task in cases]
             series.append(Bars(name, style[name], values))
         names = [name for name, _, _ in cases]
         top = max([100.0, *(v.mean for s in series for v in s.values if v is not None)])
-        said = [
-            f"{name}: " + ", ".join(f"{s.name} {s.values[i]:.1f}" for s in series if s.values[i] is not None)
-            for i, name in enumerate(names)
-        ]
         of_what = "" if len(rules) == 1 else ", mean over the tasks"
-        words = f"Merged accuracy in percent of the single adapters'{of_what}. {'; '.join(said)}."
+        words = f"Merged accuracy in percent of the single adapters'{of_what}. {bars_in_words(series, names)}."
         drawing = lying_bars(series, names, "normalised accuracy [%]", limit=(0.0, top), reference=100.0)
         title = f"{place}: {cases[0][1]}" if len(rules) == 1 else place
         panels.append(Panel(title, words, drawing))
     rows = [
         (g.model, t, g.label, g.learning_rate, g.steps, g.settings, g.values[0] or g.values[1], g.values[2], g.task,
-         len(g.records), *(_accuracy(g, t, which) for which in ("single", "merged", "normalised")))
+         len(g.records), *(mean_task_accuracy(g, t, which) for which in ("single", "merged", "normalised")))
         for g in groups for t in [*g.records[0].config["tasks"], "mean"]
     ]  # fmt: skip
     columns = [
-        ("model",), ("task",), ("method",), ("learning rate", "g"), ("steps", "d"), ("other settings",), ("merged by",),
-        ("merge options",), ("of the tasks",), ("seeds", "d"), ("single acc.", ".1f"), ("merged acc.", ".1f"),
-        ("normalised", ".1f"),
+        *GROUP_COLUMNS, ("merged by",), ("merge options",), ("of the tasks",), ("seeds", "d"), ("single acc.", ".1f"),
+        ("merged acc.", ".1f"), ("normalised", ".1f"),
     ]  # fmt: skip
     note = "The broken line is the single adapters' accuracy. Of several merge rules the mean over tasks is drawn."
     keys = keys_of(style, [g.name for g in groups], "bar")

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from copra_llm.bands import curve_band, pair_band
+from copra_llm.bands import Band, curve_band, pair_band
 from copra_llm.estimates import Estimate, bootstrap_pairs, exact
-from copra_llm.report.groups import metric
+from copra_llm.figures.groups import metric
 from copra_llm.results import Result, unpack_bits
 
 
@@ -29,6 +29,11 @@ def over_pairs(records: Sequence[Result], values: Sequence) -> list[Estimate]:
     """
     known = all("seeds" in r.config for r in records)
     band = pair_band(np.asarray(values, dtype=float), [tuple(r.config["seeds"]) for r in records] if known else None)
+    return estimates_of(band)
+
+
+def estimates_of(band: Band) -> list[Estimate]:
+    """A band of n means as n estimates."""
     return [Estimate(*map(float, ends)) for ends in zip(band.mean, band.low, band.high, strict=True)]
 
 
@@ -63,14 +68,14 @@ def difference_estimate(first: Sequence[Result], second: Sequence[Result]) -> Es
     return bootstrap_pairs(100.0 * (a - b))
 
 
-def loss_difference_estimate(first: Sequence[Result], second: Sequence[Result]) -> Estimate:
-    """Merged loss of the first minus the second, in nats; over the pairs of equal seeds, if there are."""
+def metric_difference(first: Sequence[Result], second: Sequence[Result], name: str) -> Estimate:
+    """`<split>/<task>/<name>` of the first minus the second's; over the pairs of equal seeds, if there are."""
     by_seeds = [{tuple(c.config["seeds"]): c for c in curves if "seeds" in c.config} for curves in (first, second)]
     shared = sorted(by_seeds[0].keys() & by_seeds[1].keys())
     if not shared:
-        return exact(mean_metric(first, "loss@0.5") - mean_metric(second, "loss@0.5"))
-    losses = [[metric(curves[seeds], "loss@0.5") for seeds in shared] for curves in by_seeds]
-    return over_pairs([by_seeds[0][seeds] for seeds in shared], [[a - b] for a, b in zip(*losses, strict=True)])[0]
+        return exact(mean_metric(first, name) - mean_metric(second, name))
+    ours, theirs = ([metric(curves[seeds], name) for seeds in shared] for curves in by_seeds)
+    return over_pairs([by_seeds[0][seeds] for seeds in shared], [[a - b] for a, b in zip(ours, theirs, strict=True)])[0]
 
 
 def mean_metric(curves: Sequence[Result], name: str) -> float:
@@ -89,7 +94,7 @@ def curve_estimates(records: Sequence[Result], quantity: str) -> tuple[list[floa
     Which of two seeds is the first says nothing, so each line counts in both directions.
     """
     alpha, band = curve_band(finest_lines(records), quantity)
-    return alpha.tolist(), [Estimate(*map(float, ends)) for ends in zip(band.mean, band.low, band.high, strict=True)]
+    return alpha.tolist(), estimates_of(band)
 
 
 def finest_lines(records: Sequence[Result]) -> list[Result]:

@@ -66,9 +66,18 @@ class Group:
         rate = "?" if self.learning_rate is None else f"{self.learning_rate:g}"
         return f"lr {rate}, {self.steps or '?'} steps"
 
+    @property
+    def heads(self) -> tuple:
+        """What names the group in a table: model, task, label, learning rate, steps, other settings."""
+        return self.model, self.task, self.label, self.learning_rate, self.steps, self.settings
+
     def estimate(self, value: Callable[[Result], float]) -> Estimate:
         """Mean of a number over the records, with its interval."""
         return seed_estimate([value(r) for r in self.records])
+
+    def by_seed(self, value: Callable[[Result], float]) -> dict[int, float]:
+        """A number of every record by its seed."""
+        return {r.config["seed"]: value(r) for r in self.records}
 
 
 def grouped(
