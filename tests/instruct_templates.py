@@ -26,6 +26,8 @@ class Shape:
     """Content of an assistant message -> the text that is trained."""
     system: bool = True
     """Whether it takes a system message."""
+    parts: bool = False
+    """Whether it wants contents in parts."""
 
 
 LLAMA3 = (
@@ -70,6 +72,17 @@ NO_END = (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 """No end-of-turn token: a turn ends with an empty line. The header's last space is part of the answer's first token."""
+IN_PARTS = (
+    "{% for m in messages %}{{ m['role'] + ': ' }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|eot_id|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+"""Of a model that sees: a content that is one text would vanish."""
+LAST_END = (
+    "{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}{% endfor %}"
+    "{{ '<start_of_turn>assistant\n' if add_generation_prompt else eos_token }}"
+)
+"""Ends the whole text with a token of its own, as Phi 3's does."""
 
 SHAPES = {
     "smollm2": Shape("", lambda said: said + "<|im_end|>"),
@@ -77,6 +90,7 @@ SHAPES = {
     "mistral": Shape(MISTRAL, lambda said: " " + said + "<|im_end|>", system=False),
     "gemma": Shape(GEMMA, lambda said: said.strip() + "<end_of_turn>", system=False),
     "chatml": Shape(CHATML, lambda said: said + "<|im_end|>"),
+    "parts": Shape(IN_PARTS, lambda said: " " + said + "<|eot_id|>", parts=True),
     "tools": Shape(TOOLS, lambda said: said + "<|im_end|>"),
 }
 """By what they are like; smollm2 is the model's own, which the tokenizer brings along."""

@@ -62,6 +62,20 @@ def test_the_template_and_the_turns_are_the_users_choice(tmp_path, capsys):
     assert "User: u\nAssistant: a<|im_end|>\nUser: u\nAssistant:[[ a<|im_end|>]]\n" in shown
 
 
+def test_a_template_that_never_ends_is_pointed_out(tmp_path, capsys):
+    """Nothing would teach the model to stop; with an end token nothing is said."""
+    path = write(tmp_path / "a.jsonl", ROW, ROW)
+    endless = write(
+        tmp_path / "t.jinja",
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    )
+    flags = ["--model_name_or_path", "smollm2"]
+    said = "careful  2 records end with no special token, so that they do not teach the model where to stop"
+    assert said in check(capsys, path, *flags, "--chat_template", endless)[1].splitlines()
+    assert "careful" not in check(capsys, path, *flags)[1]
+
+
 def test_broken_records_are_listed_with_their_lines(tmp_path, capsys):
     """The first twenty and the number of the rest; all as JSON; exit code 2."""
     path = write(tmp_path / "a.jsonl", ROW, *["{"] * 24, ROW)

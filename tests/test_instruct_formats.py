@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from copra_llm.errors import InputError
 from copra_llm.tasks.instruct.formats import FORMATS, read_record, recognise
@@ -181,6 +183,34 @@ def test_a_broken_conversation(messages, said):
 def test_broken_tools(tools, said):
     with pytest.raises(InputError, match=said):
         read({"messages": [USER, SAID], "tools": tools or {"a": 1}})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
+        ["role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "type", "text", "weight"]
+    ), inner, max_size=4),
+)  # fmt: skip
+ROLE = st.sampled_from(["user", "assistant", "human", "gpt", "system", "tool", "function_call", "observation"])
+MESSAGE = st.fixed_dictionaries({"role": ROLE, "content": st.text(max_size=3) | JSON}, optional={"tool_calls": JSON})
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_whatever_stands_in_a_record_it_is_read_or_refused_with_its_place(data):
+    """No other exception, in any format; what is read can be told from others and ends with something to train."""
+    name = data.draw(st.sampled_from(sorted(FORMATS)))
+    shape = FORMATS[name]
+    value = JSON | st.text() | st.lists(MESSAGE, max_size=4)
+    required, optional = (dict.fromkeys(columns, value) for columns in (shape.columns, shape.optional))
+    row = data.draw(st.fixed_dictionaries(required, optional=optional))
+    try:
+        record = read_record(row, name, "f, line 1", only=False)
+    except InputError as refused:
+        assert str(refused).startswith("f, line 1") and str(refused)[len("f, line 1")] in ":, "
+        return
+    assert len(digest(record)) == 16
+    assert record.completion if isinstance(record, Text) else record.messages[-1]["role"] == "assistant"
 
 
 # --- files ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from instruct_templates import (
     CHATML,
     FORGETFUL,
+    LAST_END,
     LLAMA3,
     MISTRAL,
     NO_END,
@@ -27,9 +28,9 @@ from copra_llm.errors import InputError
 from copra_llm.models import load_tokenizer
 from copra_llm.tasks.instruct.encode import Encoded, Encoder
 from copra_llm.tasks.instruct.messages import conversation
+from copra_llm.tasks.instruct.named import NAMED
 from copra_llm.tasks.instruct.records import Broken, Text
 from copra_llm.tasks.instruct.sources import Reader, Source, strict
-from copra_llm.tasks.instruct.templates import NAMED
 
 REAL_DATA = Path(os.environ.get("COPRA_DATA", "no-such-folder")) / "instruct"
 TALK = [("user", "Hi"), ("assistant", "Hello."), ("user", "And?"), ("assistant", "Bye.")]
@@ -96,9 +97,10 @@ def test_trained_tokens_are_what_the_assistant_said(name, data, encoder, tokeniz
     example = encoder(shape.source).encode(chat)
     said = [message["content"] for message in chat.messages if message["role"] == "assistant"]
     assert trained_runs(example, tokenizer) == [shape.trained(text) for text in said]
-    text = tokenizer.apply_chat_template(
-        list(chat.messages), chat_template=shape.source or None, tokenize=False
-    )  # fmt: skip
+    messages = list(chat.messages)
+    if shape.parts:
+        messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    text = tokenizer.apply_chat_template(messages, chat_template=shape.source or None, tokenize=False)
     assert example.input_ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -137,6 +139,12 @@ def test_a_turn_without_an_end_token_ends_with_its_white_space(encoder, tokenize
     assert trained_runs(example, tokenizer) == [" Hello.\n\n", " Bye.\n\n"]
 
 
+def test_a_token_that_ends_the_text_alone(encoder, tokenizer):
+    """Earlier turns end without it, and are exact all the same."""
+    example = encoder(LAST_END).encode(talk(TALK))
+    assert trained_runs(example, tokenizer) == ["Hello.<end_of_turn>", "Bye.<end_of_turn>\n<|im_end|>"]
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_templates_by_name(name, tokenizer):
     """End of turn is ChatML's, or the tokenizer's own end of text."""
@@ -169,7 +177,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_but_for_the_last(enco
         encoder(FORGETFUL).encode(talk(thinking))
     assert str(refused.value) == (
         "f, line 1: the chat template writes message 2 otherwise within the whole conversation, so what is trained "
-        'cannot be told; give --turns last, or a template with "{% generation %}" marks'
+        'cannot be told; give --turns last, or give a template with "{% generation %}" marks'
     )
     example = encoder(FORGETFUL, turns="last").encode(talk(thinking))
     assert trained_runs(example, tokenizer) == ["<think>b</think>Bye.<|im_end|>"]
@@ -192,8 +200,15 @@ def test_a_template_that_reorders_is_refused(encoder):
          'f, line 1: the chat template refuses this conversation ("Only user and assistant roles are supported!"); '
          "change it, or give another --chat_template"),
         (LLAMA3, talk(TALK, tools=[{}]), "f, line 1 has tools, but the chat template never writes them"),
+        ("{% for m in messages %}{{ m['content'] if m['role'] != 'system' }}{% endfor %}",
+         talk([("system", "Be."), *TALK]), "leaves out or rewrites message 1, the system's; remove it, or"),
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", talk(), "leaves out or rewrites message 1"),
+        ("{% for m in messages %}{{ m['content'] + ('<think>' if add_generation_prompt else '') }}{% endfor %}",
+         talk(TALK[:2]), "writes what stands before message 2 otherwise within the whole conversation, so what is "
+         'trained cannot be told; give a template with "{% generation %}" marks'),
         ("{{ messages[0]['content'] + 1 }}", talk(), 'refuses this conversation ("can only concatenate str'),
-        ("{% generation %}{% endgeneration %}", talk(), "leaves no text to train; remove the record"),
+        ("{% for m in messages %}{{ m['content'] }}{% generation %}{% endgeneration %}{% endfor %}", talk(),
+         "leaves no text to train; remove the record"),
         ("{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}",
          talk(TALK, prompt=2), "marks 4 parts as the assistant's for 2 turns"),
     ],

@@ -113,6 +113,11 @@ def _token_lines(figures: dict, tokens_wanted: bool) -> Iterator[str]:
             line += f", {tokens['nothing_trained_when_cut']:,} with nothing to train when cut there"
     yield line
     yield f"trained  {figures['trained']['percent']:.1f} % of {tokens['total']:,} tokens"
+    if figures["trained"]["without_end"]:
+        yield (
+            f"careful  {figures['trained']['without_end']:,} records end with no special token, so that they do not "
+            "teach the model where to stop"
+        )
     if special["records"]:
         yield (
             f"careful  {special['records']:,} records hold special tokens of the tokenizer in their text, which will "

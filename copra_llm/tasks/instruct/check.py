@@ -17,6 +17,7 @@ import numpy as np
 from copra_llm.tasks.instruct.encode import Encoded, Encoder
 from copra_llm.tasks.instruct.formats import get_format
 from copra_llm.tasks.instruct.lengths import Counts, counted
+from copra_llm.tasks.instruct.named import special_tokens
 from copra_llm.tasks.instruct.records import Broken, Conversation, Record
 from copra_llm.tasks.instruct.sources import Reader, Source
 
@@ -46,6 +47,8 @@ class Report:
     """Tokens of each example; empty without a tokenizer."""
     trained: array = field(default_factory=_integers)
     """Trained tokens of each example."""
+    endless: int = 0
+    """Examples that end with no special token: they do not teach the model where to stop."""
     nothing_left: int = 0
     """Examples of which no trained token is within `max_length`."""
     max_length: int | None = None
@@ -88,8 +91,11 @@ class Report:
                 "longer_percent": 100 * longer / len(self.lengths),
                 "nothing_trained_when_cut": self.nothing_left,
             }
-        special = {"records": self.with_special, "first": self.first_special}
-        return {"tokens": tokens, "trained": {"tokens": trained, "percent": 100 * trained / total}, "special": special}
+        return {
+            "tokens": tokens,
+            "trained": {"tokens": trained, "percent": 100 * trained / total, "without_end": self.endless},
+            "special": {"records": self.with_special, "first": self.first_special},
+        }
 
 
 def check(
@@ -113,7 +119,7 @@ def check(
         InputError: if a source itself cannot be read, or there is no chat template for conversations.
     """
     report = Report([Reader(source) for source in sources], max_length=max_length)
-    special = _special_tokens(encoder)
+    special, special_ids = _special_tokens(encoder)
     records = counted(chain.from_iterable(report.readers), report.counts)
     passed = _look(progress(records), report, special)
     for example in encoder.stream(passed) if encoder else passed:
@@ -122,6 +128,8 @@ def check(
         elif encoder:
             report.lengths.append(len(example))
             report.trained.append(int(example.trained.sum()))
+            # The line break after an end-of-turn token may be trained too.
+            report.endless += special_ids.isdisjoint(example.input_ids[example.trained][-2:].tolist())
             report.nothing_left += max_length is not None and not example.trained[:max_length].any()
             if len(report.samples) < samples:
                 report.samples.append(example)
@@ -144,11 +152,12 @@ def _look(records: Iterable[Record | Broken], report: Report, special: re.Patter
         yield record
 
 
-def _special_tokens(encoder: Encoder | None) -> re.Pattern | None:
+def _special_tokens(encoder: Encoder | None) -> tuple[re.Pattern | None, set[int]]:
+    """What finds a special token in a text, and the ids of all."""
     if encoder is None:
-        return None
-    tokens = (t.content for t in encoder.tokenizer.added_tokens_decoder.values() if t.special)
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+        return None, set()
+    texts = special_tokens(encoder.tokenizer)
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)"), set(encoder.tokenizer.convert_tokens_to_ids(texts))
 
 
 def summary(numbers: Sequence[int]) -> dict[str, float]:

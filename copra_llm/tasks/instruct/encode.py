@@ -18,8 +18,9 @@ from itertools import islice
 import numpy as np
 
 from copra_llm.errors import InputError
+from copra_llm.tasks.instruct.named import begins_with_bos
 from copra_llm.tasks.instruct.records import Broken, Record, Text
-from copra_llm.tasks.instruct.templates import TURNS, ChatTemplate, Rendered, begins_with_bos
+from copra_llm.tasks.instruct.templates import TURNS, ChatTemplate, Rendered
 
 BATCH = 512
 """Records that go through the tokenizer at a time."""

@@ -13,47 +13,17 @@ Source: "Chat templates" in the documentation of transformers.
 
 from __future__ import annotations
 
+import os.path
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from copra_llm.errors import InputError, nearest
+from copra_llm.errors import InputError
 from copra_llm.tasks.instruct.messages import text as readable
+from copra_llm.tasks.instruct.named import special_tokens, template_text
 from copra_llm.tasks.instruct.records import Conversation
 
 TURNS = ("all", "last")
 """Which assistant turns are trained."""
-
-NAMED = {
-    # Every turn between the ChatML marks; a model without these tokens reads them as ordinary text.
-    "chatml": "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
-    "{{ '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    # Role names as words; every turn but the first begins on a new line; the model's own end of text ends an answer.
-    "plain": "{% for message in messages %}"
-    "{{ {'system': 'System', 'user': 'User', 'assistant': 'Assistant', 'tool': 'Tool'}[message['role']] + ':' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
-    "{% else %}{{ ' ' + message['content'] }}{% endif %}"
-    "{{ '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
-    # Stanford Alpaca's headings; its first paragraph is the system message, where there is one.
-    "alpaca": "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{{ '### Response:\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n\n' }}"
-    "{% elif message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'tool' %}{{ raise_exception('this template has no tool messages') }}"
-    "{% else %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}",
-}
-"""Templates to be asked for by name. All mark what the assistant wrote."""
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _READS = {
@@ -74,41 +44,6 @@ class Rendered:
     place: str
 
 
-def template_text(tokenizer, chosen: str | None) -> str:
-    """The Jinja source of a chat template.
-
-    Args:
-        tokenizer: of transformers.
-        chosen: a name of `NAMED`, or a file; None: the tokenizer's own.
-
-    Raises:
-        InputError: if the tokenizer has none, or the name means nothing.
-    """
-    if chosen is None:
-        try:
-            return tokenizer.get_chat_template()
-        except ValueError:
-            raise InputError(
-                f"the tokenizer has no chat template; give --chat_template {', '.join(NAMED)} or a file with one"
-            ) from None
-    if chosen in NAMED:
-        # As the tokenizer would begin a text; inference adds nothing to what a template has written.
-        return ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + NAMED[chosen]
-    if not Path(chosen).is_file():
-        raise InputError(
-            f'--chat_template "{chosen}" is no file and none of {", ".join(NAMED)}{nearest(chosen, NAMED)}'
-        )
-    try:
-        return Path(chosen).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{chosen} is not UTF-8 text (byte {error.start + 1}); give a Jinja template") from None
-
-
-def begins_with_bos(tokenizer) -> bool:
-    """Whether the tokenizer itself puts its beginning-of-text token before a text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
 class ChatTemplate:
     """A tokenizer's chat template, or another in its place."""
 
@@ -127,9 +62,9 @@ class ChatTemplate:
         self.marked = _MARKS.search(self.source) is not None
         """Whether the template marks what the assistant wrote."""
         self._tokens = tokenizer.special_tokens_map
-        added = tokenizer.added_tokens_decoder.values()
-        self._special = tuple({*tokenizer.all_special_tokens, *(t.content for t in added if t.special)})
-        self._compile(chosen or "the tokenizer's chat template")
+        self._special = special_tokens(tokenizer)
+        self._marks = re.compile("|".join(map(re.escape, self._special)) or "(?!)")
+        self._parts = self._compile(chosen or "the tokenizer's chat template")
 
     def render(self, conversation: Conversation) -> Rendered:
         """The conversation as the model reads it.
@@ -139,6 +74,7 @@ class ChatTemplate:
         """
         self._check_everything_is_written(conversation)
         text, marks = self._write(conversation, conversation.messages)
+        _check_nothing_is_left_out(conversation, text)
         turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         trained = [i for i in turns if i not in conversation.untrained]
         if self.turns == "last":
@@ -152,17 +88,27 @@ class ChatTemplate:
             raise InputError(f"{conversation.place}: the chat template leaves no text to train; remove the record")
         return Rendered(readable(text, f"{conversation.place}: the text"), spans, conversation.place)
 
-    def _compile(self, name: str) -> None:
-        from jinja2 import TemplateSyntaxError
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def _compile(self, name: str) -> bool:
+        """Whether the template wants contents in parts, as those of models that see do.
 
-        try:
-            render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=self.source, **self._tokens)
-        except TemplateSyntaxError as error:
-            raise InputError(f"{name} is no Jinja template: {error.message}, line {error.lineno}; mend it") from None
-        # Whatever else it says of this conversation, it will say of a record, with the record's place.
-        except Exception:
-            return
+        Such a template writes nothing of a content that is one text, and often without a word.
+        """
+        from jinja2 import TemplateSyntaxError
+
+        probe = [{"role": "user", "content": "copra asks"}, {"role": "assistant", "content": "copra answers"}]
+        texts = []
+        for messages in (probe, _in_parts(probe)):
+            try:
+                texts.append(self._render(messages)[0])
+            except TemplateSyntaxError as error:
+                raise InputError(
+                    f"{name} is no Jinja template: {error.message}, line {error.lineno}; mend it"
+                ) from None
+            # Whatever else it says of this conversation, it will say of a record, with the record's place.
+            except Exception:
+                texts.append("")
+        whole, parts = (all(message["content"] in text for message in probe) for text in texts)
+        return parts and not whole
 
     def _check_everything_is_written(self, conversation: Conversation) -> None:
         for key, mentioned in _READS.items():
@@ -176,28 +122,31 @@ class ChatTemplate:
         before, _ = self._write(conversation, conversation.messages[:i], add_generation_prompt=True)
         last = i + 1 == len(conversation.messages)
         through = text if last else self._write(conversation, conversation.messages[: i + 1])[0]
-        if not (text.startswith(through) and through.startswith(before)):
+        end = self._end(text, through)
+        if not text.startswith(before) or end <= len(before):
             which = f"message {i + 1}" if text.startswith(before) else f"what stands before message {i + 1}"
+            way = "" if last else "give --turns last, or "
             raise InputError(
                 f"{conversation.place}: the chat template writes {which} otherwise within the whole conversation, so "
-                'what is trained cannot be told; give --turns last, or a template with "{% generation %}" marks'
+                f'what is trained cannot be told; {way}give a template with "{{% generation %}}" marks'
             )
-        end = len(through.rstrip())
-        # White space after an end-of-turn token is layout; where there is no such token, it is what ends the turn.
-        return len(before), end if through[:end].endswith(self._special) else len(through)
+        return len(before), end
+
+    def _end(self, text: str, through: str) -> int:
+        """Where a turn ends in `text`, if the text up to its end alone is `through`; 0 if they do not agree."""
+        if text.startswith(through):
+            end = len(through.rstrip())
+            # White space after an end-of-turn token is layout; where there is no such token, it is what ends the turn.
+            return end if through[:end].endswith(self._special) else len(through)
+        # Some templates end a text, not a turn, with a token of its own: they still agree up to the end of the turn.
+        common = len(os.path.commonprefix([text, through]))
+        ends = [match.end() for match in self._marks.finditer(through) if match.end() <= common]
+        end = ends[-1] if ends else 0
+        return 0 if self._marks.sub("", through[end:]).strip() else end
 
     def _write(self, conversation: Conversation, messages, **options) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            texts, marks = render_jinja_template(
-                [list(messages)],
-                tools=list(conversation.tools) or None,
-                chat_template=self.source,
-                return_assistant_tokens_mask=self.marked,
-                **options,
-                **self._tokens,
-            )
+            return self._render(_in_parts(messages) if self._parts else messages, conversation.tools, **options)
         # A template is a program of its own: it raises what it likes, and what Python raises beneath it.
         except Exception as error:
             said = " ".join(str(error).split())[:200] or type(error).__name__
@@ -205,7 +154,36 @@ class ChatTemplate:
                 f'{conversation.place}: the chat template refuses this conversation ("{said}"); change it, or give '
                 "another --chat_template"
             ) from None
+
+    def _render(self, messages, tools=(), **options) -> tuple[str, list[tuple[int, int]]]:
+        """Text and marked parts."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, marks = render_jinja_template(
+            [list(messages)],
+            tools=list(tools) or None,
+            chat_template=self.source,
+            return_assistant_tokens_mask=self.marked,
+            **options,
+            **self._tokens,
+        )
         return texts[0], marks[0] if self.marked else []
+
+
+def _in_parts(messages) -> list[dict]:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _check_nothing_is_left_out(conversation: Conversation, text: str) -> None:
+    """A template may trim a content, and drop an assistant's thinking; all else must be there."""
+    for i, message in enumerate(conversation.messages, 1):
+        said = message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
+        # What a tool answers is data, which some templates write anew.
+        if message["role"] != "tool" and said.strip() not in text:
+            raise InputError(
+                f"{conversation.place}: the chat template leaves out or rewrites message {i}, the {message['role']}'s; "
+                "remove it, or give another --chat_template"
+            )
 
 
 def _of_turns(marks: list[tuple[int, int]], turns: list[int], trained: list[int], place: str) -> list[tuple[int, int]]:
