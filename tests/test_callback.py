@@ -5,11 +5,8 @@ The bare loop takes the trainer's batches and its loss, with `LayerGates.applied
 
 from __future__ import annotations
 
-import copy
-import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -30,10 +27,12 @@ from copra_llm.config import LoraSettings, ModelSettings
 from copra_llm.errors import InputError
 from copra_llm.gates import LayerGates
 from copra_llm.masks import sample_mask
-from copra_llm.models import PACKAGED, add_adapter, load_base
+from copra_llm.models import add_adapter, load_base
 from copra_llm.schedule import METHODS, Schedule
 
 trl = pytest.importorskip("trl", reason="needs the extra trl: pip install copra_llm[trl]")
+# The name that TRL's settings still give a default of their own.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 STEPS, BATCH, TOKENS, LAYERS = 8, 2, 9, 4
 IDS = torch.arange(4, 4 + 2 * TOKENS).view(2, TOKENS)
@@ -69,13 +68,6 @@ def make_trainer(kind: str, model: nn.Module, path: Path, folder: Path, callback
         return Trainer(args=args, data_collator=default_data_collator, **options)
     args = trl.SFTConfig(bf16=False, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, **settings)
     return trl.SFTTrainer(args=args, processing_class=AutoTokenizer.from_pretrained(path), **options)
-
-
-def train(trainer, **options):
-    """With the trainer's own warnings (deprecations of its libraries) unheard."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return trainer.train(**options)
 
 
 def recipe_mask(step: int, method: str = "copra", seed: int = 0, layers: int = LAYERS, steps: int = STEPS):
@@ -116,13 +108,16 @@ def layer_of(name: str) -> int:
 
 
 class Observer(TrainerCallback):
-    """Which layers have a gradient when the optimizer steps, and what the step changes."""
+    """Which layers have a gradient when the optimizer steps, and what the step changes; gates are open after it."""
 
     def __init__(self):
         self.active: list[list[bool]] = []
         self.moved: list[set[int]] = []
         self.touched: list[set[int]] = []
         self.seen: list[dict] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.classes = [type(m) for m in model.modules()]
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.before = factors(model), self.moments(model, optimizer)
@@ -133,6 +128,7 @@ class Observer(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         assert all(p.grad is None for p in model.parameters())
+        assert [type(m) for m in model.modules()] == self.classes
         values, moments = self.before
         self.moved.append({layer_of(n) for n, p in factors(model).items() if not torch.equal(p, values[n])})
         now = self.moments(model, optimizer)
@@ -183,7 +179,7 @@ def test_the_adapter_is_the_bare_loops(tiny_llama, tmp_path, kind: str, settings
     classes = [type(m) for m in model.modules()]
     trainer = make_trainer(kind, model, tiny_llama, tmp_path, [CopRACallback(), observer], **more)
     torch.manual_seed(3)
-    train(trainer)
+    trainer.train()
     assert untouched(trainer.model, classes)
     bare = make_trainer(kind, adapted(tiny_llama), tiny_llama, tmp_path, **more)
     assert same(factors(trainer.model), bare_loop(bare, "copra", 0))
@@ -196,10 +192,10 @@ def test_method_and_seed(tiny_llama, tmp_path, method: str, seed: int):
     observer = Observer()
     callback = CopRACallback(method, seed=seed)
     trainer = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path, [callback, observer])
-    train(trainer)
+    trainer.train()
     assert observer.active == [recipe_mask(step, method, seed).tolist() for step in range(STEPS)]
     plain = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path)
-    train(plain)
+    plain.train()
     assert same(factors(plain.model), factors(trainer.model)) == (method == "lora")
 
 
@@ -208,7 +204,7 @@ def test_a_schedule_of_ones_own(tiny_llama, tmp_path):
     observer = Observer()
     callback = CopRACallback(Schedule(p_start=0.4, ramp_fraction=1.0), 2, "module", r"layers\.[23]")
     trainer = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path, [callback, observer])
-    train(trainer)
+    trainer.train()
     for step, active in enumerate(observer.active):
         p = 0.4 + 0.6 * step / STEPS
         mask = sample_mask(p, 4, seed=2, step=step)  # q and v of two layers
@@ -221,7 +217,7 @@ def test_inactive_layers_do_not_move(tiny_llama, tmp_path):
     observer = Observer()
     trainer = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path, [CopRACallback(), observer],
                            weight_decay=0.5, accumulation=2)  # fmt: skip
-    train(trainer)
+    trainer.train()
     for step in range(STEPS):
         active = {i for i in range(LAYERS) if recipe_mask(step)[i]}
         assert observer.moved[step] == active and observer.touched[step] == active
@@ -248,7 +244,7 @@ def test_evaluation_and_checkpoints_in_the_middle_are_of_the_whole_adapter(tiny_
         "trainer", adapted(tiny_llama), tiny_llama, tmp_path, [CopRACallback()],
         eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, learning_rate=0.2,
     )  # fmt: skip
-    train(trainer)
+    trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(losses) == STEPS
     masked = []
@@ -260,36 +256,290 @@ def test_evaluation_and_checkpoints_in_the_middle_are_of_the_whole_adapter(tiny_
         with LayerGates(saved).applied(recipe_mask(step)):
             masked.append(eval_loss(saved))
     apart = [abs(loss - other) > 1e-3 for loss, other in zip(losses, masked, strict=True)]
-    # At step 0 no layer below the only active one has moved from B = 0.
-    assert sum(apart) > STEPS // 4
+    # Elsewhere, what the mask leaves out has not been trained yet, or nothing is left out.
+    assert sum(apart) >= 2
 
 
 class InTheMiddle(TrainerCallback):
-    """Evaluates, generates and runs a reference pass between two micro-batches of a step."""
+    """Evaluates, generates and runs a pass in training mode without a graph, between two micro-batches of a step.
 
-    def __init__(self, before: bool):
-        self.outputs: list[tuple[Tensor, Tensor]] = []
-        self.before = before
+    Args:
+        reference: another model of the same adapter's shape, which no gate ever closes.
+    """
 
-    @torch.no_grad()
+    def __init__(self, reference: nn.Module):
+        self.reference = reference
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
     def on_substep_end(self, args, state, control, model=None, **kwargs):
-        plain = PeftModel.from_pretrained(copy.deepcopy(BASE[0]), self.saved(model)).train(False)
-        whole = plain(input_ids=IDS).logits
-        training = model.training
-        dropout = torch.get_rng_state()
-        self.outputs.append((model.eval()(input_ids=IDS).logits, whole))
-        self.outputs.append((generate(model), generate(plain)))
-        model.train(training)
-        torch.set_rng_state(dropout)
+        for name, p in self.reference.named_parameters():
+            if "lora_" in name:
+                p.data.copy_(model.get_parameter(name))
+        self.pairs.append((self.answers(model), self.answers(self.reference)))
 
-    def saved(self, model) -> str:
-        model.save_pretrained(BASE[1], save_embedding_layers=False)
-        return BASE[1]
-
-
-BASE: list = []
+    @staticmethod
+    @torch.no_grad()
+    def answers(model: nn.Module) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            in_training = model.train()(input_ids=IDS).logits
+            evaluated = model.eval()(input_ids=IDS).logits
+            sampled = generate(model)
+        model.train()
+        return torch.cat([in_training.flatten(), evaluated.flatten(), sampled.flatten()])
 
 
 def generate(model: nn.Module) -> Tensor:
+    """Logits of three tokens, `(tokens, batch, vocabulary)`."""
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "output_logits": True}
     return torch.stack(model.generate(input_ids=IDS, return_dict_in_generate=True, **options).logits)
+
+
+def test_what_runs_in_the_middle_of_a_step_sees_the_whole_adapter(tiny_llama, tmp_path):
+    """Evaluation, generation and a reference pass between micro-batches; the step goes on with its mask."""
+    more = SETTINGS["both"] | {"learning_rate": 0.2}
+    middle = InTheMiddle(adapted(tiny_llama))
+    trainer = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path, [CopRACallback(), middle], **more)
+    torch.manual_seed(3)
+    trainer.train()
+    assert len(middle.pairs) == STEPS and all(torch.equal(a, b) for a, b in middle.pairs)
+    assert not torch.equal(middle.pairs[0][0], middle.pairs[-1][0])
+    bare = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path, **more)
+    assert same(factors(trainer.model), bare_loop(bare, "copra", 0))
+
+
+class ReferencePass(Trainer):
+    """A loss with a pass of the same model without a graph between its forward and its backward pass."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        with torch.no_grad(), torch.random.fork_rng():
+            model(**inputs)
+        return loss
+
+
+def test_recomputation_after_a_reference_pass_has_the_steps_mask(tiny_llama, tmp_path, monkeypatch):
+    """The backward pass runs forward again: the gates that the reference pass opened are closed by then."""
+    more = SETTINGS["checkpointing"]
+    plain = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path, [CopRACallback()], **more)
+    plain.train()
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{__name__}.Trainer", ReferencePass)
+        trainer = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path, [CopRACallback()], **more)
+    assert type(trainer) is ReferencePass
+    trainer.train()
+    assert same(factors(trainer.model), factors(plain.model))
+
+
+@pytest.mark.parametrize("kind", ["trainer", "sft"])
+def test_resumed_is_uninterrupted(tiny_llama, tmp_path, kind: str):
+    """From a checkpoint in the middle, a new process' trainer draws the masks of the steps to come."""
+    whole = make_trainer(kind, adapted(tiny_llama), tiny_llama, tmp_path, [CopRACallback()], save_steps=3,
+                         save_strategy="steps")  # fmt: skip
+    whole.train()
+    observer = Observer()
+    model = adapted(tiny_llama, seed=9)
+    resumed = make_trainer(kind, model, tiny_llama, tmp_path, [CopRACallback(), observer])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert observer.active == [recipe_mask(step).tolist() for step in range(3, STEPS)]
+    assert same(factors(resumed.model), factors(whole.model))
+
+
+# --- after an error ---------------------------------------------------------------------------------------
+
+
+class Failing(TrainerCallback):
+    """Ends the run at a step with few active layers: between micro-batches, in the forward or the backward pass."""
+
+    def __init__(self, where: str, error: BaseException):
+        self.where, self.error = where, error
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step != 2:
+            return
+        last = model.get_base_model().lm_head
+        if self.where == "forward":
+            self.hook = last.register_forward_pre_hook(self.fail)
+        elif self.where == "backward":
+            self.hook = last.register_full_backward_pre_hook(self.fail)
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if self.where == "between" and state.global_step == 2:
+            raise self.error
+
+    def fail(self, *args):
+        self.hook.remove()
+        raise self.error
+
+
+@pytest.fixture(params=["forward", "backward", "between"])
+def interrupted(request, tiny_llama, tmp_path):
+    """A trainer that an interrupt has stopped in the middle of step 2, and the classes of its model before."""
+    model = adapted(tiny_llama)
+    classes = [type(m) for m in model.modules()]
+    failing = Failing(request.param, KeyboardInterrupt() if request.param != "between" else RuntimeError("broken"))
+    trainer = make_trainer("trainer", model, tiny_llama, tmp_path, [CopRACallback(), failing], 2, learning_rate=0.2)
+    with pytest.raises(type(failing.error)):
+        trainer.train()
+    assert recipe_mask(2).sum() < LAYERS
+    return trainer, classes
+
+
+def same_adapter_elsewhere(model: nn.Module, path: Path) -> nn.Module:
+    """A model of the same adapter that no callback has seen."""
+    other = adapted(path)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "generate"])
+def test_an_interrupted_model_is_whole(interrupted, tiny_llama, mode: str):
+    """No callback hears of the error: the next pass finds that training has ended."""
+    model, classes = interrupted[0].model, interrupted[1]
+    other = same_adapter_elsewhere(model, tiny_llama)
+    outputs = []
+    for m in (model, other):
+        torch.manual_seed(0)
+        m.train(mode != "eval")
+        outputs.append(generate(m) if mode == "generate" else m(input_ids=IDS).logits)
+    assert torch.equal(*outputs)
+    assert untouched(model, classes)
+
+
+def test_an_interrupted_model_trains_on_elsewhere(interrupted, tiny_llama, tmp_path):
+    """A second trainer without the callback trains every layer; one with it goes on as if nothing had been."""
+    model, classes = interrupted[0].model, interrupted[1]
+    other = same_adapter_elsewhere(model, tiny_llama)
+    for callbacks in ([], [CopRACallback()]):
+        for m in (model, other):
+            make_trainer("trainer", m, tiny_llama, tmp_path, callbacks).train()
+        assert same(factors(model), factors(other)) and untouched(model, classes)
+
+
+def test_the_stopped_trainer_may_train_again(interrupted):
+    """`train()` called once more draws its masks from the start, and leaves the model whole."""
+    trainer, classes = interrupted
+    observer = Observer()
+    trainer.remove_callback(Failing)
+    trainer.add_callback(observer)
+    trainer.train()
+    assert observer.active == [recipe_mask(step).tolist() for step in range(STEPS)]
+    assert untouched(trainer.model, classes)
+
+
+# --- logs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["trainer", "sft"])
+def test_logs(tiny_llama, tmp_path, kind: str):
+    """Training entries, in the history and for the callbacks that come after; no others."""
+    observer = Observer()
+    trainer = make_trainer(kind, adapted(tiny_llama), tiny_llama, tmp_path, [CopRACallback("coto"), observer],
+                           eval_strategy="steps", eval_steps=4)  # fmt: skip
+    trainer.train()
+    for entries in (trainer.state.log_history, observer.seen):
+        training = [entry for entry in entries if "loss" in entry]
+        assert [entry["active_layers"] for entry in training] == [
+            int(recipe_mask(step, "coto").sum()) for step in range(STEPS)
+        ]
+        assert [entry["activation_prob"] for entry in training] == [METHODS["coto"](s / STEPS) for s in range(STEPS)]
+        rest = [entry for entry in entries if "loss" not in entry]
+        assert len(rest) == 3 and not any("active_layers" in entry for entry in rest)  # two of dev, the summary
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+
+def no_adapter(path: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def of_another_kind(path: Path) -> nn.Module:
+    config = IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    return get_peft_model(no_adapter(path), config)
+
+
+REFUSED = {
+    "no adapter": (no_adapter, {}, "no LoRA module inside a numbered transformer block.*attach an adapter first"),
+    "ia3": (of_another_kind, {}, r"layers\.0.*q_proj has an adapter that is not LoRA.*give the model LoRA"),
+    "deepspeed": (adapted, {"deepspeed_plugin": object()}, "DeepSpeed flattens.*inactive layers would move"),
+    "fsdp": (adapted, {"fsdp_plugin_args": {"fsdp_version": 1}}, "FSDP version 1 flattens.*set fsdp_version to 2"),
+    "data parallel": (adapted, {"_n_gpu": 2}, "2 GPUs of one process.*accelerate launch"),
+    "compiled": (adapted, {"torch_compile": True}, "torch_compile would compile.*leave it off"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_the_first_step(tiny_llama, tmp_path, case: str):
+    """One sentence; the model stays as it was."""
+    make, changed, sentence = REFUSED[case]
+    trainer = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path)
+    for name, value in changed.items():
+        setattr(trainer.args, name, value)
+    model, state = make(tiny_llama), trainer.state
+    state.max_steps = STEPS
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(InputError, match=sentence) as error:
+        CopRACallback().on_train_begin(trainer.args, state, trainer.control, model=model)
+    assert "\n" not in str(error.value) and untouched(model, before)
+
+
+def test_fsdp_of_the_launcher_is_seen(tiny_llama, tmp_path, monkeypatch):
+    """`accelerate launch --use_fsdp` says so in the environment; version 2 is allowed."""
+    trainer = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path)
+    trainer.state.max_steps = STEPS
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for version, refused in (("1", True), ("2", False)):
+        monkeypatch.setenv("FSDP_VERSION", version)
+        callback = CopRACallback()
+        begin = {"model": trainer.model}
+        if refused:
+            with pytest.raises(InputError, match="FSDP version 1"):
+                callback.on_train_begin(trainer.args, trainer.state, trainer.control, **begin)
+        else:
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control, **begin)
+            callback.on_train_end(trainer.args, trainer.state, trainer.control)
+
+
+def test_unknown_number_of_steps(tiny_llama, tmp_path):
+    """p(t) needs T."""
+    trainer = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path)
+    trainer.state.max_steps = -1
+    with pytest.raises(InputError, match="does not know its number of steps.*give max_steps"):
+        CopRACallback().on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+@pytest.mark.parametrize("wrong, sentence", [
+    ({"method": "corpa"}, r'method is "corpa" \(did you mean "copra"\?\), but must be one of lora, copra, coto'),
+    ({"seed": -1}, "seed is -1, but must be at least 0"),
+])  # fmt: skip
+def test_wrong_settings(wrong: dict, sentence: str):
+    with pytest.raises(InputError, match=sentence):
+        CopRACallback(**wrong)
+
+
+# --- a real model -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path):
+    """SmolLM2 under `SFTTrainer` on texts: the recipe's masks over 30 layers, a loss that falls, a plain adapter."""
+    base = load_base(ModelSettings(model_name_or_path="smollm2"))
+    model = add_adapter(base, LoraSettings(lora_r=4), init_seed=0)
+    texts = [{"text": f"Question: what is {i} and {i}?\nAnswer: {2 * i}."} for i in range(24)]
+    args = trl.SFTConfig(output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, learning_rate=2e-3,
+                         report_to="none", use_cpu=True, bf16=False, logging_steps=1, save_strategy="no")  # fmt: skip
+    trainer = trl.SFTTrainer(model, args, train_dataset=Dataset.from_list(texts), processing_class=base.tokenizer,
+                             callbacks=[CopRACallback(seed=1)])  # fmt: skip
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    expected = [int(recipe_mask(step, seed=1, layers=30, steps=6).sum()) for step in range(6)]
+    assert [entry["active_layers"] for entry in logs] == expected
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    trainer.save_model(tmp_path / "adapter")
+    ids = base.tokenizer(texts[0]["text"], return_tensors="pt")
+    with torch.no_grad():
+        ours = trainer.model.eval()(**ids).logits
+        fresh = load_base(ModelSettings(model_name_or_path="smollm2")).model
+        loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()(**ids).logits
+    assert torch.equal(ours, loaded)

@@ -15,7 +15,7 @@ ROWS = [
     ["config", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates", "errors"],
     ["adapters", "gates", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"],
     ["merge", "prune", "quantise", "build", "similarity"],
-    ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
+    ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
     + ["prefixes", "coalitions", "ledger"],
     ["protocols", "report", "summaries"],
     ["cli"],
