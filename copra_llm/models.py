@@ -21,7 +21,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 
 from copra_llm.config import LoraSettings, ModelSettings
 from copra_llm.errors import InputError, nearest
@@ -114,6 +121,32 @@ def resolve(name: str) -> Source:
     return Source(name, name)
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """A floating-point type by its name.
+
+    Raises:
+        InputError: if it is none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f'--dtype is "{name}", but must be float32, bfloat16 or float16')
+    return dtype
+
+
+def base_config(settings: ModelSettings) -> PreTrainedConfig:
+    """The configuration of a base model, without its weights.
+
+    Raises:
+        InputError: if the name means nothing, or the Hub cannot be reached.
+    """
+    return _read_config(resolve(settings.model_name_or_path), settings)
+
+
+def _read_config(source: Source, settings: ModelSettings) -> PreTrainedConfig:
+    with _readable(settings.model_name_or_path):
+        return AutoConfig.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
+
+
 def load_base(settings: ModelSettings) -> Base:
     """Load the base model, frozen, and its tokenizer.
 
@@ -121,21 +154,15 @@ def load_base(settings: ModelSettings) -> Base:
         InputError: if the name or dtype means nothing, or the Hub cannot be reached.
     """
     source = resolve(settings.model_name_or_path)
-    dtype = getattr(torch, settings.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f'--dtype is "{settings.dtype}", but must be float32, bfloat16 or float16')
+    dtype = dtype_of(settings.dtype)
     options = {"trust_remote_code": settings.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(source.load_from, **options)
-        kind = kind_of(config)
-        if settings.attn_implementation:
-            options["attn_implementation"] = settings.attn_implementation
-        with _quiet():
-            model = _AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **_extra(kind, config), **options)
+    config = _read_config(source, settings)
+    kind = kind_of(config)
+    if settings.attn_implementation:
+        options["attn_implementation"] = settings.attn_implementation
+    with _readable(settings.model_name_or_path), quiet():
+        model = _AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **_extra(kind, config), **options)
         tokenizer = AutoTokenizer.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
-    except _UNREADABLE as error:
-        first = " ".join(str(error).split())[:200]
-        raise InputError(f'the model "{settings.model_name_or_path}" could not be loaded: {first}') from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False)
@@ -144,6 +171,17 @@ def load_base(settings: ModelSettings) -> Base:
 
 # What transformers raises for files that are torn, of another architecture, or need a package that is absent.
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+
+
+@contextmanager
+def _readable(name: str):
+    try:
+        yield
+    except _UNREADABLE as error:
+        first = " ".join(str(error).split())[:200]
+        raise InputError(f'the model "{name}" could not be loaded: {first}') from None
+
+
 _AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel}
 
 
@@ -291,7 +329,7 @@ def _converted_gguf(path: Path) -> Path:
         raise InputError(f"{path.name} is a GGUF file, and reading one needs the gguf package: pip install gguf")
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        with _quiet():
+        with quiet():
             loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except (*_UNREADABLE, IndexError, struct.error) as error:
@@ -304,7 +342,7 @@ def _converted_gguf(path: Path) -> Path:
     config.architectures = [type(loaded).__name__]
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
-    with atomic_folder(folder) as fresh, _quiet():
+    with atomic_folder(folder) as fresh, quiet():
         plain.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
     return folder
@@ -329,7 +367,7 @@ def _hub_has(hub_id: str) -> bool:
 
 
 @contextmanager
-def _quiet():
+def quiet():
     """Without transformers' loading reports: the keys an encoder leaves unread (a pooler) are left on purpose."""
     from transformers.utils import logging
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
     ["config", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates", "errors"],
     ["adapters", "gates", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"],
-    ["merge", "prune", "quantise", "build", "similarity"],
+    ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
     + ["prefixes", "coalitions", "ledger"],
     ["protocols", "report", "summaries"],

@@ -1,4 +1,4 @@
-"""`copra`: merge adapters, look along the line between them and into their layers, prune, evaluate, report.
+"""`copra`: merge adapters, look along the line between them and into their layers, prune, evaluate, fold, report.
 
     copra merge A B --method fusion --weights 0.5 0.5 --output DIR
     copra interpolate A B --task sst2 --points 21 --output DIR
@@ -7,6 +7,7 @@
     copra landscape A B C --task sst2 --grid 11 --output DIR
     copra similarity A B C D --output DIR
     copra evaluate A --task sst2
+    copra fold A --output DIR
     copra report RESULTS... --output report.html
 
 An adapter is a folder that PEFT's `save_pretrained` has written, or a run's folder.
@@ -18,7 +19,7 @@ import argparse
 import sys
 
 from copra_llm import __version__
-from copra_llm.cli import evaluate, interpolate, landscape, merge, prune, report, shapley, similarity
+from copra_llm.cli import evaluate, fold, interpolate, landscape, merge, prune, report, shapley, similarity
 from copra_llm.errors import InputError, exit_on_input_error, nearest
 
 COMMANDS = {
@@ -29,6 +30,7 @@ COMMANDS = {
     "landscape": landscape,
     "similarity": similarity,
     "evaluate": evaluate,
+    "fold": fold,
     "report": report,
 }
 """Command-line names -> modules with `HELP`, `add_arguments(parser)` and `run(args)`."""

@@ -42,10 +42,7 @@ def saved_settings(path: str):
 def config_of(path: str, weights, args: argparse.Namespace):
     """The run's own settings where a config.yaml lies beside the adapter, changed by the flags."""
     config = saved_settings(path)
-    base_model = args.model_name_or_path or weights.base_model
-    if not base_model:
-        raise InputError(f"{weights.source} does not say which base model it is for; give --model_name_or_path")
-    changes = {"model_name_or_path": base_model}
+    changes = {"model_name_or_path": args.model_name_or_path or weights.named_base()}
     for name in ("data_root", "max_length", "max_eval_samples", "per_device_eval_batch_size"):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
