@@ -122,6 +122,10 @@ class _MaskedModel:
             base.register_forward_hook(self._after_forward),
         ]
 
+    def __getstate__(self) -> dict:
+        # A copy of the model is not the one that is trained: it opens its gates with its first forward pass.
+        return vars(self) | {"_frame": None}
+
     def begin(self, mask: Sequence[bool]) -> None:
         """Close the gates where `mask (num_layers,)` is False, for the forward and backward passes of a step."""
         self._mask = mask

@@ -5,6 +5,11 @@ The bare loop takes the trainer's batches and its loss, with `LayerGates.applied
 
 from __future__ import annotations
 
+import copy
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -229,6 +234,38 @@ def test_inactive_layers_do_not_move(tiny_llama, tmp_path):
             assert int(state[p]["step"]) == sum(recipe_mask(step)[layer_of(name)] for step in range(STEPS))
 
 
+ON_TWO_PROCESSES = """
+import json, sys
+from pathlib import Path
+from test_callback import CopRACallback, Observer, adapted, factors, make_trainer
+path, folder = map(Path, sys.argv[1:])
+observer = Observer()
+trainer = make_trainer("trainer", adapted(path, lora_dropout=0.0), path, folder, [CopRACallback(), observer],
+                       accumulation=2, weight_decay=0.5, ddp_backend="gloo")
+trainer.train()
+sums = {name: p.double().sum().item() for name, p in factors(trainer.model).items()}
+seen = {"wrapper": type(trainer.model_wrapped).__name__, "active": observer.active, "sums": sums,
+        "moved": [sorted(layers) for layers in observer.moved]}
+(folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes(tiny_llama, tmp_path):
+    """Under DDP both processes draw the recipe's masks, hold the same adapter, and inactive layers stand still."""
+    tests = Path(__file__).parent
+    (tmp_path / "run.py").write_text(ON_TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    done = subprocess.run([*launch, str(tmp_path / "run.py"), str(tiny_llama), str(tmp_path)],
+                          env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2))
+    assert first == second and first["wrapper"] == "DistributedDataParallel"
+    assert first["active"] == [recipe_mask(step).tolist() for step in range(STEPS)]
+    assert first["moved"] == [[i for i in range(LAYERS) if recipe_mask(step)[i]] for step in range(STEPS)]
+
+
 # --- who meets the whole adapter --------------------------------------------------------------------------
 
 
@@ -331,6 +368,40 @@ def test_recomputation_after_a_reference_pass_has_the_steps_mask(tiny_llama, tmp
     assert same(factors(trainer.model), factors(plain.model))
 
 
+class Copying(TrainerCallback):
+    """Copies the model between two micro-batches of each step, as an average of the weights would."""
+
+    def __init__(self):
+        self.copies: list[nn.Module] = []
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        self.copies.append(copy.deepcopy(model))
+
+
+def test_a_copy_of_the_model_is_whole(tiny_llama, tmp_path):
+    """Made in the middle of a step, with gates closed, used then or later; the model itself keeps its mask."""
+    copying, observer = Copying(), Observer()
+    trainer = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path, [CopRACallback(), copying, observer],
+                           accumulation=2, learning_rate=0.2)  # fmt: skip
+    trainer.train()
+    assert observer.active == [recipe_mask(step).tolist() for step in range(STEPS)]
+    assert len(copying.copies) == STEPS
+    for copied in copying.copies:
+        other = same_adapter_elsewhere(copied, tiny_llama)
+        assert torch.equal(copied.eval()(input_ids=IDS).logits, other.eval()(input_ids=IDS).logits)
+        assert untouched(copied, observer.classes)
+
+
+def test_an_adapter_of_transformers_own(tiny_llama, tmp_path):
+    """`model.add_adapter` puts the same layers into a model that PEFT does not wrap."""
+    model, observer = AutoModelForCausalLM.from_pretrained(tiny_llama), Observer()
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    trainer = make_trainer("trainer", model, tiny_llama, tmp_path, [CopRACallback(), observer])
+    trainer.train()
+    assert observer.active == [recipe_mask(step).tolist() for step in range(STEPS)]
+    assert untouched(model, observer.classes)
+
+
 @pytest.mark.parametrize("kind", ["trainer", "sft"])
 def test_resumed_is_uninterrupted(tiny_llama, tmp_path, kind: str):
     """From a checkpoint in the middle, a new process' trainer draws the masks of the steps to come."""
@@ -404,6 +475,14 @@ def test_an_interrupted_model_is_whole(interrupted, tiny_llama, mode: str):
         outputs.append(generate(m) if mode == "generate" else m(input_ids=IDS).logits)
     assert torch.equal(*outputs)
     assert untouched(model, classes)
+
+
+def test_a_copy_of_an_interrupted_model_is_whole(interrupted, tiny_llama):
+    """The copy knows of no run, and opens its gates by itself."""
+    copied = copy.deepcopy(interrupted[0].model).eval()
+    other = same_adapter_elsewhere(copied, tiny_llama).eval()
+    assert torch.equal(copied(input_ids=IDS).logits, other(input_ids=IDS).logits)
+    assert untouched(copied, interrupted[1])
 
 
 def test_an_interrupted_model_trains_on_elsewhere(interrupted, tiny_llama, tmp_path):

@@ -16,14 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="folder for the model and its tokenizer")
     parser.add_argument("--model_name_or_path", "--model-name-or-path", help="unset: the base that the adapter names")
     parser.add_argument("--dtype", help="of what is written: float32, bfloat16 or float16; unset: the base's own")
-    parser.add_argument("--max_shard_size", "--max-shard-size", default="5GB", help="of a weights file; default: 5GB")
+    parser.add_argument("--max_shard_size", "--max-shard-size", help="of a weights file; unset: 5GB")
     parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true")
     for bits in ("4bit", "8bit"):
         parser.add_argument(f"--load_in_{bits}", f"--load-in-{bits}", action="store_true", help="refused: it rounds")
 
 
 def run(args: argparse.Namespace) -> int:
-    from copra_llm.export import fold
+    from copra_llm.export import MAX_SHARD_SIZE, fold
 
     for flag in ("load_in_4bit", "load_in_8bit"):
         if getattr(args, flag):
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         output,
         model_name_or_path=args.model_name_or_path,
         dtype=args.dtype,
-        max_shard_size=args.max_shard_size,
+        max_shard_size=args.max_shard_size or MAX_SHARD_SIZE,
         trust_remote_code=args.trust_remote_code,
         progress=sys.stderr.isatty(),
     )
