@@ -93,6 +93,16 @@ class AdapterWeights:
             digest.update(f"{name} {f.scaling!r} ".encode())
         return digest.hexdigest()[:16]
 
+    def named_base(self) -> str:
+        """The base model's name.
+
+        Raises:
+            InputError: if the adapter does not say.
+        """
+        if not self.base_model:
+            raise InputError(f"{self.source} does not say which base model it is for; give --model_name_or_path")
+        return self.base_model
+
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors under PEFT's keys."""
         tensors = dict(self.extras)

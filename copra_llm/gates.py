@@ -18,7 +18,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from copra_llm.errors import InputError
@@ -57,6 +60,7 @@ class LayerGates:
         """Player names in mask order: (tower, index)."""
         self.modules = [[module for name in names for module in modules[name]] for names in players.values()]
         """The adapted modules of each player."""
+        self._held: list[tuple[LoraLayer, type]] = []
 
     @property
     def num_layers(self) -> int:
@@ -69,17 +73,33 @@ class LayerGates:
         Forward, backward and (for activation checkpointing, which runs forward again) everything between
         belong inside.
         """
+        closing = self._inactive(mask)
+        try:
+            _close(closing)
+            yield
+        finally:
+            _restore(closing)
+
+    def apply(self, mask: Sequence[bool]) -> None:
+        """Close the gates where `mask (num_layers,)` is False, until `lift` or the next mask.
+
+        For a loop that belongs to somebody else and into which no block can be put; elsewhere `applied` is safer.
+        """
+        self.lift()
+        self._held = self._inactive(mask)
+        _close(self._held)
+
+    def lift(self) -> None:
+        """Open what `apply` has closed."""
+        _restore(self._held)
+        self._held = []
+
+    def _inactive(self, mask: Sequence[bool]) -> list[tuple[LoraLayer, type]]:
+        """The modules of the layers that `mask` leaves out, each with its class as it is now."""
         if len(mask) != self.num_layers:
             raise ValueError(f"the mask has {len(mask)} entries for {self.num_layers} layers")
         closed = [m for modules, active in zip(self.modules, mask, strict=True) if not active for m in modules]
-        opened = [type(module) for module in closed]
-        try:
-            for module in closed:
-                object.__setattr__(module, "__class__", _closed_class(type(module)))
-            yield
-        finally:
-            for module, cls in zip(closed, opened, strict=True):
-                object.__setattr__(module, "__class__", cls)
+        return [(module, type(module)) for module in closed]
 
 
 def group_players(
@@ -120,6 +140,31 @@ def base_name(name: str) -> str:
     return re.sub(r"^(?:module\.|_orig_mod\.)*(?:.*?base_model\.model\.)?", "", name)
 
 
+def foreign_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapted modules that no gate can leave out of a step: adapters of another kind than LoRA.
+
+    AdaLoRA is among them: its loss has a term in every layer's factors, so an inactive layer would move. Trainable
+    tokens are not: like `modules_to_save`, they are no players.
+    """
+    own = (LoraLayer, TrainableTokensLayer)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and (isinstance(module, AdaLoraLayer) or not isinstance(module, own))
+    ]
+
+
+def _close(modules: Iterable[tuple[LoraLayer, type]]) -> None:
+    for module, cls in modules:
+        # Not through nn.Module.__setattr__, which looks for parameters first.
+        object.__setattr__(module, "__class__", _closed_class(cls))
+
+
+def _restore(modules: Iterable[tuple[LoraLayer, type]]) -> None:
+    for module, cls in modules:
+        object.__setattr__(module, "__class__", cls)
+
+
 @functools.cache
 def _closed_class(cls: type[LoraLayer]) -> type[LoraLayer]:
     """`cls` with its gate closed.
@@ -131,7 +176,6 @@ def _closed_class(cls: type[LoraLayer]) -> type[LoraLayer]:
 
     def __call__(self, *args, **kwargs):
         before = self._disable_adapters
-        # Not through nn.Module.__setattr__, which looks for parameters first.
         object.__setattr__(self, "_disable_adapters", True)
         try:
             return cls.__call__(self, *args, **kwargs)

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import re
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -19,7 +20,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 
 from copra_llm.errors import InputError, nearest
 from copra_llm.gguf import TORN_GGUF, UNREADABLE, converted_gguf, gguf_arguments, gguf_folder, quiet_loading
@@ -148,6 +156,32 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     return tokenizer
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """A floating-point type by its name.
+
+    Raises:
+        InputError: if it is none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f'--dtype is "{name}", but must be float32, bfloat16 or float16')
+    return dtype
+
+
+def base_config(settings: ModelSettings) -> PreTrainedConfig:
+    """The configuration of a base model, without its weights.
+
+    Raises:
+        InputError: if the name means nothing, or the Hub cannot be reached.
+    """
+    return _read_config(resolve(settings.model_name_or_path), settings)
+
+
+def _read_config(source: Source, settings: ModelSettings) -> PreTrainedConfig:
+    with _readable(settings.model_name_or_path):
+        return AutoConfig.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
+
+
 def load_base(settings: ModelSettings) -> Base:
     """Load the base model, frozen, and its tokenizer.
 
@@ -155,25 +189,28 @@ def load_base(settings: ModelSettings) -> Base:
         InputError: if the name or dtype means nothing, or the Hub cannot be reached.
     """
     source = resolve(settings.model_name_or_path)
-    dtype = getattr(torch, settings.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f'--dtype is "{settings.dtype}", but must be float32, bfloat16 or float16')
+    dtype = dtype_of(settings.dtype)
     options = {"trust_remote_code": settings.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(source.load_from, **options)
-        kind = kind_of(config)
-        if settings.attn_implementation:
-            options["attn_implementation"] = settings.attn_implementation
-        with quiet_loading():
-            model = _AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **_extra(kind, config), **options)
+    config = _read_config(source, settings)
+    kind = kind_of(config)
+    if settings.attn_implementation:
+        options["attn_implementation"] = settings.attn_implementation
+    with _readable(settings.model_name_or_path), quiet_loading():
+        model = _AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **_extra(kind, config), **options)
         tokenizer = AutoTokenizer.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
-    except UNREADABLE as error:
-        first = " ".join(str(error).split())[:200]
-        raise InputError(f'the model "{settings.model_name_or_path}" could not be loaded: {first}') from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False)
     return Base(model, tokenizer, source, kind, fingerprint(source.load_from))
+
+
+@contextmanager
+def _readable(name: str):
+    try:
+        yield
+    except UNREADABLE as error:
+        first = " ".join(str(error).split())[:200]
+        raise InputError(f'the model "{name}" could not be loaded: {first}') from None
 
 
 _AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel}

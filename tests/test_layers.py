@@ -16,8 +16,8 @@ ROWS = [
     + ["errors"],
     ["adapters", "gates", "gguf", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
     + ["packing", "linear_loss", "language_model", "conversations"],
-    ["merge", "prune", "quantise", "build", "similarity"],
-    ["train", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
+    ["merge", "prune", "quantise", "export", "build", "similarity"],
+    ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
     + ["prefixes", "coalitions", "ledger"],
     ["figures"],
     ["protocols", "report", "summaries"],

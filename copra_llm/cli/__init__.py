@@ -1,4 +1,4 @@
-"""`copra`: merge adapters, look along the line between them and into their layers, prune, evaluate, report;
+"""`copra`: merge adapters, look along the line between them and into their layers, prune, evaluate, fold, report;
 check data.
 
     copra merge A B --method fusion --weights 0.5 0.5 --output DIR
@@ -9,6 +9,7 @@ check data.
     copra similarity A B C D --output DIR
     copra evaluate A --task sst2
     copra data check FILES... --model_name_or_path M
+    copra fold A --output DIR
     copra report RESULTS... --output report.html
 
 An adapter is a folder that PEFT's `save_pretrained` has written, or a run's folder.
@@ -20,7 +21,7 @@ import argparse
 import sys
 
 from copra_llm import __version__
-from copra_llm.cli import data, evaluate, interpolate, landscape, merge, prune, report, shapley, similarity
+from copra_llm.cli import data, evaluate, fold, interpolate, landscape, merge, prune, report, shapley, similarity
 from copra_llm.errors import InputError, exit_on_input_error, nearest
 
 COMMANDS = {
@@ -32,6 +33,7 @@ COMMANDS = {
     "similarity": similarity,
     "evaluate": evaluate,
     "data": data,
+    "fold": fold,
     "report": report,
 }
 """Command-line names -> modules with `HELP`, `add_arguments(parser)` and `run(args)`."""

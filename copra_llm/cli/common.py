@@ -43,10 +43,7 @@ def config_of(path: str, weights, args: argparse.Namespace):
     from copra_llm.saved_runs import read_run
 
     config = read_run(path).config
-    base_model = args.model_name_or_path or weights.base_model
-    if not base_model:
-        raise InputError(f"{weights.source} does not say which base model it is for; give --model_name_or_path")
-    changes: dict = {"model_name_or_path": base_model}
+    changes: dict = {"model_name_or_path": args.model_name_or_path or weights.named_base()}
     if args.dataset_name is not None:
         changes |= {"dataset_name": args.dataset_name, f"{_SPLIT_FLAGS[args.split]}dataset_name": args.dataset_name}
     for name in ("data_root", "chat_template", "max_length", "max_eval_samples", "per_device_eval_batch_size"):
