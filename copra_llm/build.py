@@ -10,17 +10,19 @@ from torch import Tensor
 
 from copra_llm.adapters import AdapterWeights, LoraFactors, load_adapter_weights
 from copra_llm.batches import EncodedSplit, encode_split
+from copra_llm.choice_model import ChoiceModel
 from copra_llm.classifiers import Classifier, build_classifier, make_head, read_heads
 from copra_llm.config import RunConfig
 from copra_llm.conversations import InstructTask, encode_conversations, read_conversations
-from copra_llm.errors import InputError
+from copra_llm.errors import InputError, nearest
 from copra_llm.language_model import LanguageModel, refuse_leaking_packs
 from copra_llm.models import Base, add_adapter, load_adapter, load_base
 from copra_llm.paths import data_root
 from copra_llm.settings import DataSettings, PartSettings
 from copra_llm.shards import shards
+from copra_llm.tasks.choices import ChoiceTask, choice_task_names, get_choice_task, load_choices
 from copra_llm.tasks.instruct.lengths import Counts
-from copra_llm.tasks.mtl15 import SPLITS, Example, Task, get_task, load_split
+from copra_llm.tasks.mtl15 import SPLITS, Example, Task, get_task, load_split, task_names
 
 AUTO_HEAD = "label_words"
 """What `--head auto` means; the README's limits say what was measured."""
@@ -31,8 +33,8 @@ class Workbench:
     """Everything a run works with; training replaces the classifier by its prepared form."""
 
     base: Base
-    classifier: Classifier | LanguageModel
-    tasks: list[Task] | list[InstructTask]
+    classifier: Classifier | LanguageModel | ChoiceModel
+    tasks: list[Task] | list[InstructTask] | list[ChoiceTask]
     splits: dict[str, dict[str, EncodedSplit]]
     """`{split: {task: examples}}`."""
     counts: dict[str, Counts] = field(default_factory=dict)
@@ -49,6 +51,9 @@ def build(
     """
     if tasks == [InstructTask.name]:
         return _build_conversations(config, adapter, splits)
+    if set(tasks) & set(choice_task_names()):
+        return _build_choices(config, tasks, adapter, splits)
+    _check_names(tasks)
     chosen = [get_task(name) for name in tasks]
     examples = {split: {task.name: load_examples(config, task, split) for task in chosen} for split in splits}
     start = None
@@ -77,6 +82,13 @@ def build(
     return Workbench(base, classifier, chosen, encoded)
 
 
+def _check_names(tasks: list[str]) -> None:
+    known = [*task_names(), InstructTask.name, *choice_task_names()]
+    for name in tasks:
+        if name not in known:
+            raise InputError(f'there is no task "{name}"{nearest(name, known)}; the tasks are {", ".join(known)}')
+
+
 def _build_conversations(config: RunConfig, adapter: Path | None, splits: tuple[str, ...]) -> Workbench:
     conversations = read_conversations(config, splits)
     base = load_base(config.model)
@@ -90,6 +102,23 @@ def _build_conversations(config: RunConfig, adapter: Path | None, splits: tuple[
     else:
         model = load_adapter(base, adapter)
     return Workbench(base, LanguageModel(base, model), [InstructTask()], encoded, counts)
+
+
+def _build_choices(config: RunConfig, tasks: list[str], adapter: Path | None, splits: tuple[str, ...]) -> Workbench:
+    if adapter is None:
+        raise InputError(f"{tasks[0]} is for evaluation; train on its records as conversations: "
+                         "recipes/train_instruct.py --dataset_name FILE")  # fmt: skip
+    chosen = [get_choice_task(name) for name in tasks]
+    root = data_root(config.data.data_root, "instruct/commonsense")
+    examples = {s: {t.name: load_choices(t, s, root, config.data.max_eval_samples) for t in chosen} for s in splits}
+    base = load_base(config.model)
+    model = ChoiceModel(base, load_adapter(base, adapter), config.data.max_length)
+    encoded, counts = {}, {}
+    for split, per_task in examples.items():
+        encoded[split] = {t.name: encode_split(model, t, per_task[t.name]) for t in chosen}
+        n, cut = map(sum, zip(*((len(e), sum(c.cut for c in e.encoded)) for e in encoded[split].values()), strict=True))
+        counts[split] = Counts(read=n, kept=n, cut=cut)
+    return Workbench(base, model, chosen, encoded, counts)
 
 
 def fixed_head(base: Base, task: Task, settings: DataSettings) -> Tensor:

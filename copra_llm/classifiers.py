@@ -26,14 +26,16 @@ from copra_llm.models import Base
 from copra_llm.tasks.mtl15 import Example, Task
 
 
-class _Grading:
+class Grading:
+    """Loss and answer of an example from the scores of its labels."""
+
     def graded(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Of `scores (batch, labels)`: -log softmax(scores)[gold] in nats, float64 `(batch,)`; answers `(batch,)`."""
         scores = scores.double()
         return F.cross_entropy(scores, labels, reduction="none"), scores.argmax(-1)
 
 
-class LabelWordClassifier(_Grading, nn.Module):
+class LabelWordClassifier(Grading, nn.Module):
     """A causal or seq2seq model that answers with label words.
 
     Args:
@@ -172,7 +174,7 @@ class LabelWordClassifier(_Grading, nn.Module):
         """Nothing beyond the adapter: the label words are the vocabulary's."""
 
 
-class EncoderClassifier(_Grading, nn.Module):
+class EncoderClassifier(Grading, nn.Module):
     """An encoder with one linear head a task on its mean-pooled last hidden states.
 
     Args:

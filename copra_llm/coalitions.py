@@ -208,7 +208,9 @@ class CoalitionGame:
             if _agree(found, reference, None if shared.pack == 1 else self._precision()):
                 shared.computed = 0
                 if shared.pack < pack:
-                    self.note = f"one coalition a pass instead of {pack}: {reason or 'this model keeps a cache'}"
+                    self.note = (
+                        f"one coalition a pass instead of {pack}: {reason or 'a cache, or several rows an example'}"
+                    )
                 return shared
             reason = "it changed this model's scores"
         self.note = f"every coalition is evaluated by itself, for hidden states cannot be shared: {reason}"

@@ -35,6 +35,8 @@ class Evaluation:
     """Gold label ids `(n,)`."""
     tokens: int | None = None
     """Trained tokens over which the loss is a mean; None: it is one over examples."""
+    predicted_by_length: np.ndarray | None = None
+    """Of choices: those with the best score a character `(n,)`; None where labels are all there is."""
 
     @property
     def accuracy(self) -> float:
@@ -47,10 +49,12 @@ class Evaluation:
         return float(self.nll.mean())
 
     def metrics(self, prefix: str, more: Metrics | None = None) -> dict[str, float]:
-        """`{prefix}/accuracy`, `{prefix}/loss` and those of `more`, for a result record."""
+        """`{prefix}/accuracy`, `{prefix}/loss`, what else is known, and those of `more`, for a result record."""
         values = {"accuracy": self.accuracy, "loss": self.loss}
         if self.tokens is not None:
             values |= {"perplexity": float(np.exp(self.loss)), "tokens": self.tokens}
+        if self.predicted_by_length is not None:
+            values["acc_norm"] = 100.0 * float((self.predicted_by_length == self.labels).mean())
         for name, metric in (more or {}).items():
             # Macro averaging is the only kind that is defined for any number of labels.
             options = {"average": "macro"} if name in ("f1", "precision", "recall") else {}
@@ -97,16 +101,21 @@ def evaluate(accelerator: Accelerator, classifier, split: EncodedSplit, batch_si
     loader = accelerator.prepare_data_loader(eval_loader(own, split, batch_size))
     labels = np.array(split.labels)
     nll = np.zeros(len(split))
-    predicted = np.zeros(len(split), dtype=int)
+    predicted, by_length = np.zeros(len(split), dtype=int), None
     with scoring(accelerator, classifier):
         for batch in loader:
             index = batch.pop("index")
-            losses, answers = own.graded(classifier(batch, scores=True), batch["labels"])
-            index, losses, answers = accelerator.gather_for_metrics((index, losses, answers))
-            index = index.cpu().numpy()
-            predicted[index], nll[index] = answers.cpu().numpy(), losses.cpu().numpy()
+            scores = classifier(batch, scores=True)
+            found = [index, *own.graded(scores, batch["labels"])]
+            if "characters" in batch:
+                found.append((scores / batch["characters"]).argmax(-1))
+            index, losses, answers, *more = (t.cpu().numpy() for t in accelerator.gather_for_metrics(found))
+            predicted[index], nll[index] = answers, losses
+            if more:
+                by_length = np.zeros(len(split), dtype=int) if by_length is None else by_length
+                by_length[index] = more[0]
     tokens = None if split.targets is None else int(split.targets.sum())
-    return Evaluation(predicted == labels, nll * split.scale, predicted, labels, tokens)
+    return Evaluation(predicted == labels, nll * split.scale, predicted, labels, tokens, by_length)
 
 
 @contextmanager

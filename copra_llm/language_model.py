@@ -45,7 +45,7 @@ class LanguageModel(nn.Module):
                              "model; give one as --model_name_or_path")  # fmt: skip
         self.model = model
         self.tokenizer = base.tokenizer
-        self._linear_head = _ends_with_its_head(base.model)
+        self._linear_head = ends_with_its_head(base.model)
 
     # --- texts -> batches ---------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ class LanguageModel(nn.Module):
         """Nothing beyond the adapter."""
 
 
-def _ends_with_its_head(model: nn.Module) -> bool:
+def ends_with_its_head(model: nn.Module) -> bool:
     """Whether the logits are the output layer's answer to the decoder's last hidden states, and nothing besides.
 
     Some models scale or cap their logits afterwards; they are asked as a whole.

@@ -107,12 +107,12 @@ class SharedBlocks:
         self.computed = 0
         """Runs of a block for one batch and one prefix so far."""
         by_name = find_blocks(model, gates)
-        calls, caches = self._first_calls(by_name, probe)
+        calls, alone = self._first_calls(by_name, probe)
         missing = [block.name for block in by_name if block.name not in calls]
         if missing:
             raise NotShareable(f"the forward pass does not call {missing[0]} as a module")
         self.blocks = sorted(by_name, key=lambda block: calls.index(block.name))
-        self.pack = 1 if caches else pack  # a cache holds one coalition's keys and values
+        self.pack = 1 if alone else pack
         self._walk: _Walk | None = None
 
     def order(self, masks: np.ndarray) -> np.ndarray:
@@ -133,15 +133,19 @@ class SharedBlocks:
         return found
 
     def _first_calls(self, blocks: list[Block], probe: dict) -> tuple[list[str], bool]:
-        """Names of blocks in the order of their first calls, and whether any was given a cache."""
-        calls, caches = [], []
+        """Names of blocks in the order of their first calls, and whether coalitions must be run one at a time.
+
+        They must where a cache holds one coalition's keys and values, or an example has several rows.
+        """
+        calls, alone = [], []
 
         def recorder(block: Block) -> Callable:
             forward = block.module.forward
 
             def record(*args, **kwargs):
                 calls.append(block.name)
-                caches.append(_cache_in(args, kwargs) is not None)
+                rows = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), 0)
+                alone.append(_cache_in(args, kwargs) is not None or rows != len(probe["labels"]))
                 return forward(*args, **kwargs)
 
             return record
@@ -150,7 +154,7 @@ class SharedBlocks:
             for block in blocks:
                 stack.enter_context(_forward(block.module, recorder(block)))
             self.run(dict(probe))
-        return list(dict.fromkeys(calls)), any(caches)
+        return list(dict.fromkeys(calls)), any(alone)
 
 
 class _Walk:

@@ -15,7 +15,7 @@ ROWS = [
     ["settings", "config", "yaml_file", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates"]
     + ["errors"],
     ["adapters", "gates", "gguf", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
-    + ["packing", "linear_loss", "language_model", "conversations"],
+    + ["packing", "linear_loss", "language_model", "choice_model", "conversations"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
     + ["prefixes", "coalitions", "ledger"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -33,6 +34,10 @@ def run(args: argparse.Namespace) -> int:
     weights = load_adapter_weights(args.adapter)
     config = config_of(args.adapter, weights, args)
     bench = build(config, [args.task], adapter=adapter_folder(args.adapter), splits=(args.split,))
+    counts = bench.counts.get(args.split)
+    if counts is not None and counts.cut:
+        print(f"note: {counts.cut} of {counts.kept} examples are longer than --max_length {config.data.max_length} and "
+              "were cut", file=sys.stderr)  # fmt: skip
     accelerator = Accelerator()
     bench.classifier.to(accelerator.device)
     examples = bench.splits[args.split][args.task]
