@@ -13,12 +13,12 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
     ["settings", "config", "yaml_file", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates"]
-    + ["errors"],
+    + ["errors", "answer_scores", "metrics"],
     ["adapters", "gates", "gguf", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
     + ["packing", "linear_loss", "language_model", "choice_model", "conversations"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
-    + ["prefixes", "coalitions", "ledger"],
+    + ["prefixes", "coalitions", "ledger", "generate"],
     ["figures"],
     ["protocols", "report", "summaries"],
     ["cli"],

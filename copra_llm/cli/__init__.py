@@ -8,6 +8,7 @@ check data.
     copra landscape A B C --task sst2 --grid 11 --output DIR
     copra similarity A B C D --output DIR
     copra evaluate A --task sst2
+    copra generate A --prompt TEXT
     copra data check FILES... --model_name_or_path M
     copra fold A --output DIR
     copra report RESULTS... --output report.html
@@ -21,7 +22,19 @@ import argparse
 import sys
 
 from copra_llm import __version__
-from copra_llm.cli import data, evaluate, fold, interpolate, landscape, merge, prune, report, shapley, similarity
+from copra_llm.cli import (
+    data,
+    evaluate,
+    fold,
+    generate,
+    interpolate,
+    landscape,
+    merge,
+    prune,
+    report,
+    shapley,
+    similarity,
+)
 from copra_llm.errors import InputError, exit_on_input_error, nearest
 
 COMMANDS = {
@@ -32,6 +45,7 @@ COMMANDS = {
     "landscape": landscape,
     "similarity": similarity,
     "evaluate": evaluate,
+    "generate": generate,
     "data": data,
     "fold": fold,
     "report": report,

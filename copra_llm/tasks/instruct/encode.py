@@ -83,6 +83,20 @@ class Encoder:
         """
         return self._tokenise([record], [self._render(record)])[0]
 
+    def prompt(self, record: Record) -> list[int]:
+        """Token ids of what stands before the assistant's last turn, as in training.
+
+        Raises:
+            InputError: if there is no chat template for a conversation, it refuses this one, or nothing stands there.
+        """
+        text = record.prompt if isinstance(record, Text) else self.template.prompt(record)
+        ids = self._tokens.encode(text, add_special_tokens=False).ids
+        if isinstance(record, Text) and ids[:1] != self._bos:
+            ids = [*self._bos, *ids]
+        if not ids:
+            raise InputError(f"{record.place} is text without a prompt; give prompt and completion, or a conversation")
+        return ids
+
     def stream(self, records: Iterable[Record | Broken]) -> Iterator[Encoded | Broken]:
         """Tokenise records in batches, in order; what the chat template refuses becomes `Broken`.
 

@@ -88,6 +88,25 @@ class ChatTemplate:
             raise InputError(f"{conversation.place}: the chat template leaves no text to train; remove the record")
         return Rendered(readable(text, f"{conversation.place}: the text"), spans, conversation.place)
 
+    def prompt(self, conversation: Conversation) -> str:
+        """What stands before the assistant's last turn, with the turn's beginning (`add_generation_prompt`).
+
+        Raises:
+            InputError: if the template refuses the conversation, or has no place for something in it.
+        """
+        self._check_everything_is_written(conversation)
+        ends = conversation.messages[-1]["role"] == "assistant"
+        before = conversation.messages[:-1] if ends else conversation.messages
+        return self._write(conversation, before, add_generation_prompt=True)[0]
+
+    def turn_end(self) -> str:
+        """What ends an assistant's turn: the special token right after its words, else the text there; or nothing."""
+        said = "copra answers"
+        messages = ({"role": "user", "content": "copra asks"}, {"role": "assistant", "content": said})
+        text, _ = self._write(Conversation(messages, (), "a conversation of two turns"), messages)
+        after = text.rpartition(said)[2].strip()
+        return next((token for token in self._special if after.startswith(token)), after)
+
     def _compile(self, name: str) -> bool:
         """Whether the template wants contents in parts, as those of models that see do.
 

@@ -1,0 +1,1 @@
+"""Scripts for `evaluate.load(path)`: scores of written answers, without a network."""
