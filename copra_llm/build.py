@@ -20,7 +20,7 @@ from copra_llm.models import Base, add_adapter, load_adapter, load_base
 from copra_llm.paths import data_root
 from copra_llm.settings import DataSettings, PartSettings
 from copra_llm.shards import shards
-from copra_llm.tasks.choices import ChoiceTask, choice_task_names, get_choice_task, load_choices
+from copra_llm.tasks.choices import COMMONSENSE, ChoiceTask, choice_task_names, get_choice_task, load_choices
 from copra_llm.tasks.instruct.lengths import Counts
 from copra_llm.tasks.mtl15 import SPLITS, Example, Task, get_task, load_split, task_names
 
@@ -109,7 +109,7 @@ def _build_choices(config: RunConfig, tasks: list[str], adapter: Path | None, sp
         raise InputError(f"{tasks[0]} is for evaluation; train on its records as conversations: "
                          "recipes/train_instruct.py --dataset_name FILE")  # fmt: skip
     chosen = [get_choice_task(name) for name in tasks]
-    root = data_root(config.data.data_root, "instruct/commonsense")
+    root = data_root(config.data.data_root, COMMONSENSE)
     examples = {s: {t.name: load_choices(t, s, root, config.data.max_eval_samples) for t in chosen} for s in splits}
     base = load_base(config.model)
     model = ChoiceModel(base, load_adapter(base, adapter), config.data.max_length)

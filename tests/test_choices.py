@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from copra_llm.adapters import load_adapter_weights
 from copra_llm.build import build
@@ -169,6 +170,42 @@ def test_a_sentence_needs_one_blank():
     for sentence in ("no blank here", "_ and _ went", "it ends with _"):
         with pytest.raises(InputError, match="here: the sentence needs one blank"):
             read_choices(get_choice_task("winogrande"), [("here", blank(sentence, "a", "b", 1))])
+
+
+# --- for lm-evaluation-harness ----------------------------------------------------------------------------
+
+
+def test_tasks_for_the_harness(root, tmp_path, capsys):
+    """Data and settings say the same pairs: context, delimiter and choice joined are what is scored here."""
+    out = tmp_path / "tasks"
+    assert main(["data", "lm-eval", "arc_easy", "winogrande", "--data_root", str(root), "--output", str(out)]) == 0
+    assert capsys.readouterr().out == f"lm_eval --include_path {out} --tasks copra_arc_easy,copra_winogrande ...\n"
+    for name in ("arc_easy", "winogrande"):
+        settings = yaml.safe_load((out / f"copra_{name}.yaml").read_text(encoding="utf-8"))
+        lines = Path(settings["dataset_kwargs"]["data_files"]["test"]).read_text(encoding="utf-8").splitlines()
+        examples = load_choices(get_choice_task(name), "test", root)
+        for example, row in zip(examples, map(json.loads, lines), strict=True):
+            asked, target = row[settings["doc_to_text"]], row[settings["doc_to_target"]]
+            space = settings["target_delimiter"]
+            if isinstance(asked, int):  # then the choices are contexts, as the harness takes it
+                label, pairs = asked, [(choice, space + target) for choice in row["choices"]]
+            else:
+                label, pairs = target, [(asked, space + choice) for choice in row["choices"]]
+            assert (tuple(pairs), label) == (example.pairs, example.label)
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["arc_hard"], 'there is no evaluation "arc_hard"'),
+        (["arc_easy", "piqa"], "so piqa has no test split"),
+        (["arc_easy", "--max_eval_samples", "0"], "--max_eval_samples is 0"),
+    ],
+)
+def test_nothing_is_written_of_bad_input(root, tmp_path, capsys, words, expected):
+    output = tmp_path / "tasks"
+    assert main(["data", "lm-eval", *words, "--data_root", str(root), "--output", str(output)]) == 2
+    assert expected in capsys.readouterr().err and not output.exists()
 
 
 # --- scores -----------------------------------------------------------------------------------------------

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 import torch
 
 from copra_llm.choice_model import ChoiceModel, encode_pair
+from copra_llm.cli import main
 from copra_llm.config import RunConfig
 from copra_llm.models import add_adapter, load_base
 from copra_llm.paths import data_root
@@ -72,3 +77,43 @@ def test_scores_are_theirs(root, request, base, max_length, items, name):
     found = our_scores(ChoiceModel(loaded, peft, max_length), task, examples)
     theirs = their_scores(peft, loaded.tokenizer, pairs, max_length)
     np.testing.assert_allclose(found, theirs, atol=1e-4, rtol=1e-6)
+
+
+# --- the hand-over ----------------------------------------------------------------------------------------
+
+
+def test_its_own_command_gives_our_figures(root, tiny_llama, tmp_path, capsys):
+    """`lm_eval --model hf` in a process of its own, on base and adapter and on the folded model, against ours."""
+    _, peft = adapted(str(tiny_llama))
+    peft.save_pretrained(tmp_path / "adapter")
+    assert main(["fold", str(tmp_path / "adapter"), "--output", str(tmp_path / "folded")]) == 0
+    names = ["arc_easy", "boolq", "winogrande"]
+    limit = ["--data_root", str(root), "--max_eval_samples", "25"]
+    assert main(["data", "lm-eval", *names, *limit, "--output", str(tmp_path / "tasks")]) == 0
+    said = capsys.readouterr().out
+    assert f"--include_path {tmp_path / 'tasks'} --tasks copra_arc_easy,copra_boolq,copra_winogrande" in said
+    ours = {}
+    for name in names:
+        record = tmp_path / f"{name}.json"
+        command = ["evaluate", str(tmp_path / "adapter"), "--task", name, "--max_length", "512", *limit]
+        assert main([*command, "--output", str(record)]) == 0
+        ours |= json.loads(record.read_text(encoding="utf-8"))["metrics"]
+    for model in (f"pretrained={tiny_llama},peft={tmp_path / 'adapter'}", f"pretrained={tmp_path / 'folded'}"):
+        theirs = lm_eval_results(model, tmp_path, names)
+        for name in names:
+            assert 100 * theirs[f"copra_{name}"]["acc,none"] == pytest.approx(ours[f"test/{name}/accuracy"])
+            if name != "winogrande":
+                assert 100 * theirs[f"copra_{name}"]["acc_norm,none"] == pytest.approx(ours[f"test/{name}/acc_norm"])
+
+
+def lm_eval_results(model: str, folder: Path, names: list[str]) -> dict:
+    out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    tasks = ",".join(f"copra_{name}" for name in names)
+    words = ["--model", "hf", "--model_args", f"{model},dtype=float32", "--device", "cpu", "--batch_size", "4",
+             "--include_path", str(folder / "tasks"), "--tasks", tasks, "--output_path", str(out)]  # fmt: skip
+    command = [sys.executable, "-m", "lm_eval", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (results,) = out.rglob("results_*.json")
+    return json.loads(results.read_text(encoding="utf-8"))["results"]

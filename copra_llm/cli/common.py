@@ -22,9 +22,9 @@ def fresh_output(name: str) -> Path:
 
 def add_data_arguments(parser: argparse.ArgumentParser, task_required: bool = True) -> None:
     """The flags that say which examples an adapter is evaluated on."""
-    parser.add_argument("--task", required=task_required, help='task of MTL15, e.g. sst2; or "instruct"')
+    parser.add_argument("--task", required=task_required, help='task of MTL15, e.g. sst2; "instruct"; or arc_easy, ...')
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"))
-    parser.add_argument("--data_root", "--data-root", help='the folder of MTL15, "sample" or "hub"; unset: $COPRA_DATA')
+    parser.add_argument("--data_root", "--data-root", help='folder of the data, "sample" or "hub"; unset: $COPRA_DATA')
     parser.add_argument(
         "--dataset_name", "--dataset-name", nargs="+", help="with --task instruct: conversations; unset: the run's own"
     )

@@ -1,4 +1,7 @@
-"""`copra data check`: what is in instruction data, and which records are broken?"""
+"""`copra data check`: what is in instruction data, and which records are broken?
+
+`copra data lm-eval` writes evaluations as tasks of lm-evaluation-harness.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ import json
 import sys
 from collections.abc import Iterator
 
-from copra_llm.cli.common import bar
+from copra_llm.cli.common import bar, fresh_output
 from copra_llm.errors import InputError
 
-HELP = "Instruction data: formats, counts, lengths, broken records."
+HELP = "Instruction data: formats, counts, lengths, broken records; evaluations for lm-evaluation-harness."
 CHECK_HELP = "Say what the data are, and list every broken record by file and line; exit code 2 if there is one."
-
+LM_EVAL_HELP = "Write evaluations as tasks of lm-evaluation-harness, for its --include_path."
 
 SHOWN = 20
 """Broken records that the text lists."""
@@ -33,8 +36,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--preview", type=int, metavar="N", help="show N examples, what is trained in colour")
     check.add_argument("--json", action="store_true", help="the same as JSON, with every broken record")
 
+    tasks = actions.add_parser("lm-eval", help=LM_EVAL_HELP, description=LM_EVAL_HELP, allow_abbrev=False)
+    tasks.add_argument("tasks", nargs="+", metavar="TASK", help="arc_easy, boolq, ...")
+    tasks.add_argument("--split", default="test", choices=("train", "dev", "test"))
+    tasks.add_argument("--data_root", "--data-root", help="folder of the evaluations; unset: in $COPRA_DATA")
+    tasks.add_argument("--max_eval_samples", "--max-eval-samples", type=int, help="of each, from the start; unset: all")
+    tasks.add_argument("--output", required=True, help="folder for the tasks and their data")
+
 
 def run(args: argparse.Namespace) -> int:
+    return _lm_eval(args) if args.action == "lm-eval" else _check(args)
+
+
+def _lm_eval(args: argparse.Namespace) -> int:
+    from copra_llm.paths import data_root
+    from copra_llm.tasks.choices import COMMONSENSE, get_choice_task, load_choices
+    from copra_llm.tasks.lm_eval import write_lm_eval_tasks
+
+    if args.max_eval_samples is not None and args.max_eval_samples < 1:
+        raise InputError(f"--max_eval_samples is {args.max_eval_samples}, but must be at least 1")
+    output = fresh_output(args.output)
+    root = data_root(args.data_root, COMMONSENSE)
+    tasks = [get_choice_task(name) for name in args.tasks]
+    examples = {task: load_choices(task, args.split, root, args.max_eval_samples) for task in tasks}
+    names = write_lm_eval_tasks(examples, output)
+    print(f"lm_eval --include_path {output} --tasks {','.join(names)} ...")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
     from copra_llm.tasks.instruct.check import check
     from copra_llm.tasks.instruct.preview import has_colours, preview
     from copra_llm.tasks.instruct.sources import parse_sources

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from copra_llm.paths import HUB, SAMPLE
 from copra_llm.tasks.instruct.files import file_rows
 from copra_llm.tasks.instruct.sources import strict
 
+COMMONSENSE = "instruct/commonsense"
+"""Where the data lie in `$COPRA_DATA`."""
 DELIMITER = " "
 """Between context and choice."""
 
@@ -38,7 +40,7 @@ class ChoiceTask:
     folder: str
     opening: str
     mark: str | None = None
-    answers: dict[str, str] | None = None
+    answers: dict[str, str] | None = field(default=None, hash=False)
     context: str = "{question}"
     blank: bool = False
 
@@ -119,9 +121,9 @@ def read_choices(task: ChoiceTask, rows: Iterable[tuple[str, Any]]) -> list[Choi
 
 
 def _read(task: ChoiceTask, place: str, row: Any) -> ChoiceExample:
-    for field in ("instruction", "answer"):
-        if not isinstance(row, dict) or not isinstance(row.get(field), str):
-            raise InputError(f'{place} has no text "{field}"; {task.name} needs instruction and answer')
+    for key in ("instruction", "answer"):
+        if not isinstance(row, dict) or not isinstance(row.get(key), str):
+            raise InputError(f'{place} has no text "{key}"; {task.name} needs instruction and answer')
     if row.get("input"):
         raise InputError(f'{place}: "input" holds text, which {task.name} has no place for; move it to the instruction')
     question, names, choices = _parts(task, place, row["instruction"])
