@@ -206,12 +206,16 @@ class TrainSettings:
     per_device_eval_batch_size: int = setting(64, "Examples a device takes in one evaluation pass.")
     gradient_accumulation_steps: int = setting(1, "Forward passes to one optimizer step; they share one mask.")
     learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.")
+    loraplus_lr_ratio: float | None = setting(None, "LoRA+: the factors B learn so many times faster; unset: alike.")
     lr_scheduler_type: str = setting("cosine", f"One of {', '.join(SCHEDULERS)}.")
     warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm (of the active layers); 0: never.")
     bf16: bool = setting(False, "Mixed precision in bfloat16.")
     fp16: bool = setting(False, "Mixed precision in float16 (needs a GPU).")
+    neftune_noise_alpha: float | None = setting(
+        None, "NEFTune: noise of this size on the embeddings while training; unset: none."
+    )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     seed: int = setting(0, "Feeds the three seeds below where they are unset.")
     init_seed: int | None = setting(None, "Seed of the adapter's initialisation.")
@@ -239,9 +243,10 @@ class TrainSettings:
                 raise InputError(f"--{name} is {value}, but must be at least 1")
         if self.max_steps < 1 and self.max_steps != -1:
             raise InputError(f"--max_steps is {self.max_steps}, but must be at least 1 (or -1: by --num_train_epochs)")
-        for name in ("learning_rate", "num_train_epochs"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise InputError(f"--{name} is {getattr(self, name)}, but must be positive")
+        for name in ("learning_rate", "num_train_epochs", "loraplus_lr_ratio", "neftune_noise_alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < math.inf:
+                raise InputError(f"--{name} is {value}, but must be positive")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "init_seed", "data_seed", "mask_seed"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
