@@ -82,7 +82,7 @@ def encode_conversations(
         InputError: if the chat template refuses a record, or nothing is left of a split.
     """
     settings, task = config.instruct, InstructTask()
-    encoder = Encoder(tokenizer, settings.chat_template, settings.train_on)
+    encoder = Encoder(tokenizer, settings.chat_template, settings.turns)
     splits, counts = {}, {}
     for split, records in conversations.records.items():
         counts[split] = Counts()

@@ -179,7 +179,7 @@ class InstructSettings:
     dev_size: int = setting(200, "Training examples held out as dev data where no --eval_dataset_name is given.")
     dev_seed: int = setting(0, "Seed of which examples are held out; runs that are compared must share it.")
     chat_template: str | None = setting(None, "chatml, plain, alpaca, or a file; unset: the tokenizer's own.")
-    train_on: str = setting("all", "Which of the assistant's turns are trained: all, or the last.")
+    turns: str = setting("all", "Which of the assistant's turns are trained: all, or the last.")
     too_long: str = setting("cut", "What happens to examples above --max_length: cut, or drop.")
     packing: bool = setting(False, "Fill rows of --max_length tokens with several examples, kept apart.")
 

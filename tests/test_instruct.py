@@ -290,7 +290,7 @@ def test_the_command_evaluates_on_other_conversations(finished, tmp_path, capsys
 
 
 def test_the_recipe_has_the_flags_of_conversations(tmp_path):
-    config = parse_run_config(["--dataset_name", "a.jsonl:2", "b", "--packing", "--train_on", "last"], groups=ALL)
+    config = parse_run_config(["--dataset_name", "a.jsonl:2", "b", "--packing", "--turns", "last"], groups=ALL)
     assert config.instruct.dataset_name == ["a.jsonl:2", "b"] and config.instruct.packing
     assert RunConfig.from_flat(config.flat()) == config
     assert RunConfig().instruct is None and "dataset_name" not in RunConfig().flat()
