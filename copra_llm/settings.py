@@ -223,6 +223,12 @@ class TrainSettings:
     mask_seed: int | None = setting(None, "Seed of the masks.")
     logging_steps: int = setting(10, "Optimizer steps between log entries.")
     eval_steps: int | None = setting(None, "Optimizer steps between evaluations on dev; unset: at the end only.")
+    load_best_model_at_end: bool = setting(
+        False, "End with the adapter of the least dev loss among --eval_steps' after the ramp, not with the last one."
+    )
+    early_stopping_patience: int | None = setting(
+        None, "Stop after so many evaluations without a new best one, and end with the best; unset: never."
+    )
     save_steps: int | None = setting(None, "Optimizer steps between checkpoints; unset: at --checkpoint_at only.")
     save_total_limit: int | None = setting(None, "Keep this many of the newest --save_steps checkpoints; unset: all.")
     checkpoint_at: list[float] = setting(
@@ -237,7 +243,15 @@ class TrainSettings:
 
     def __post_init__(self):
         positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in (*positive, "logging_steps", "max_nonfinite_steps", "eval_steps", "save_steps", "save_total_limit"):
+        for name in (
+            *positive,
+            "logging_steps",
+            "max_nonfinite_steps",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+            "early_stopping_patience",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} is {value}, but must be at least 1")
@@ -258,8 +272,15 @@ class TrainSettings:
             raise InputError(f'--lr_scheduler_type is "{self.lr_scheduler_type}"{hint}, but must be one of {known}')
         if any(not 0.0 < fraction <= 1.0 for fraction in self.checkpoint_at):
             raise InputError(f"--checkpoint_at is {self.checkpoint_at}, but fractions must lie in (0, 1]")
+        if self.keeps_best and self.eval_steps is None:
+            raise InputError("the best adapter was asked for, but is only known among evaluations; give --eval_steps")
         if self.bf16 and self.fp16:
             raise InputError("--bf16 and --fp16 were both given; choose one")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run ends with its best adapter."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
 
     @property
     def mixed_precision(self) -> str:

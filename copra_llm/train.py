@@ -33,6 +33,7 @@ from transformers import get_scheduler
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from copra_llm.batches import BatchStream, train_loader
+from copra_llm.best import BestAdapter
 from copra_llm.build import Workbench, build
 from copra_llm.checkpoint import (
     PREEMPTED,
@@ -147,6 +148,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     )
     classifier.train()
     watch = FiniteWatch(accelerator, optimizer, settings.max_nonfinite_steps, progress)
+    best = BestAdapter(accelerator, folder, settings, lambda step: schedule.settled((first + step) / whole), progress)
     keep_at = {step_at(fraction, total_steps) for fraction in settings.checkpoint_at}
     batches = iter(loader)
     logged = _RunningLoss(accelerator.device)
@@ -181,8 +183,9 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
                 progress.log.append({"step": progress.step, **entry})
                 accelerator.log({f"train/{key}": value for key, value in entry.items()}, step=progress.step)
                 bar.set_postfix(loss=f"{entry['loss']:.3f}", p=f"{p:.2f}")
-            if settings.eval_steps and progress.step % settings.eval_steps == 0 and not last:
+            if settings.eval_steps and progress.step % settings.eval_steps == 0 and (best.wanted or not last):
                 _evaluate_dev(accelerator, bench, settings.per_device_eval_batch_size, progress)
+                best.look(classifier)
             regular = bool(settings.save_steps) and progress.step % settings.save_steps == 0
             stopping = asked_to_stop()
             if regular or stopping or progress.step in keep_at:
@@ -195,6 +198,9 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
                     write_atomic(folder / PREEMPTED, f"stopped by SIGTERM after step {progress.step}\n")
                 raise Preempted(f"stopped after step {progress.step} of {total_steps}; resume with "
                                 f"--resume_from_checkpoint latest")  # fmt: skip
+            if best.exhausted():
+                break
+    best.restore(classifier)
     return progress
 
 

@@ -18,7 +18,7 @@ ROWS = [
     + ["packing", "linear_loss", "language_model", "conversations"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
-    + ["optimizer"]
+    + ["optimizer", "best"]
     + ["prefixes", "coalitions", "ledger"],
     ["figures"],
     ["protocols", "report", "summaries"],
