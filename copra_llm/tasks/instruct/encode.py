@@ -135,8 +135,6 @@ class Encoder:
 def _covered(offsets: list[tuple[int, int]], spans: tuple[tuple[int, int], ...]) -> np.ndarray:
     """Which tokens hold a character of a span `(n,)`; offsets and spans count characters."""
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T  # (n,) each
-    # A token that stands for no character (a word's beginning, in some vocabularies) belongs to the next one.
-    ends = np.maximum(ends, starts + 1)
     covered = np.zeros(len(starts), bool)
     for first, last in spans:
         covered |= (ends > first) & (starts < last)
