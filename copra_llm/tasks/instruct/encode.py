@@ -144,8 +144,8 @@ def _covered(offsets: list[tuple[int, int]], spans: tuple[tuple[int, int], ...])
 def _untrimmed(tokenizer):
     """The tokenizer's core, without what it does after the tokens are found.
 
-    That adds special tokens, which chat templates write themselves, and may trim offsets to what is no white space,
-    so that a line break would belong to no part of the text.
+    That adds special tokens, which chat templates write themselves, and may take spaces off the offsets, so that a
+    token of spaces would belong to no part of the text.
     """
     from tokenizers import Tokenizer
 
