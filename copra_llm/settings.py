@@ -29,6 +29,16 @@ class ModelSettings:
     dtype: str = setting("float32", "Type the frozen base is loaded in: float32, bfloat16 or float16.")
     attn_implementation: str | None = setting(None, "sdpa, eager, flash_attention_2, ...; unset: the model's default.")
     trust_remote_code: bool = setting(False, "Run code that comes with a Hub model.")
+    load_in_4bit: bool = setting(False, "Hold the frozen base in 4 bits (QLoRA; needs bitsandbytes).")
+    load_in_8bit: bool = setting(False, "Hold the frozen base in 8 bits (needs bitsandbytes).")
+    bnb_4bit_quant_type: str = setting("nf4", "4-bit numbers: nf4 or fp4.")
+    bnb_4bit_use_double_quant: bool = setting(True, "Quantise the 4-bit blocks' scales too.")
+
+    def __post_init__(self):
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("--load_in_4bit and --load_in_8bit were both given; choose one")
+        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise InputError(f'--bnb_4bit_quant_type is "{self.bnb_4bit_quant_type}", but must be nf4 or fp4')
 
 
 @dataclass(frozen=True)
