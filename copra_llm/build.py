@@ -12,7 +12,7 @@ from copra_llm.adapters import AdapterWeights, LoraFactors, load_adapter_weights
 from copra_llm.batches import EncodedSplit, encode_split
 from copra_llm.classifiers import Classifier, build_classifier, make_head, read_heads
 from copra_llm.config import RunConfig
-from copra_llm.conversations import InstructTask, encode_conversations, read_conversations
+from copra_llm.conversations import InstructTask, asks_conversations, encode_conversations, read_conversations
 from copra_llm.errors import InputError
 from copra_llm.language_model import LanguageModel, refuse_leaking_packs
 from copra_llm.models import Base, add_adapter, load_adapter, load_base
@@ -47,8 +47,8 @@ def build(
     Raises:
         InputError: for whatever is wrong with the names, data, model or adapter.
     """
-    if tasks == [InstructTask.name]:
-        return _build_conversations(config, adapter, splits)
+    if asks_conversations(config, tasks):
+        return _build_conversations(config.replace(tasks=tasks), adapter, splits)
     chosen = [get_task(name) for name in tasks]
     examples = {split: {task.name: load_examples(config, task, split) for task in chosen} for split in splits}
     start = None
@@ -89,7 +89,7 @@ def _build_conversations(config: RunConfig, adapter: Path | None, splits: tuple[
             start_from(model, load_adapter_weights(config.part.init_adapter), config.lora.scaling)
     else:
         model = load_adapter(base, adapter)
-    return Workbench(base, LanguageModel(base, model), [InstructTask()], encoded, counts)
+    return Workbench(base, LanguageModel(base, model), [InstructTask(*config.data.tasks)], encoded, counts)
 
 
 def fixed_head(base: Base, task: Task, settings: DataSettings) -> Tensor:

@@ -80,6 +80,7 @@ PAGES = {
         "plane": (plane_table, "landscape"),
         "similarity": (similarity_table, "landscape"),
     },
+    EVAL / "instruct" / "README.md": {"instruct": (connectivity_table, "instruct")},
     EVAL / "shapley" / "README.md": {"shapley_details": (shapley_details, "shapley")},
     EVAL / "speed" / "README.md": {
         "merging": (merging_table, "speed"),

@@ -27,7 +27,7 @@ DEFAULTS = {
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> int:
     config = parse_run_config(argv, description=__doc__, groups=ALL, defaults=DEFAULTS)
-    result = train_adapter(config, ["instruct"], Path(config.train.output_dir))
+    result = train_adapter(config, config.data.tasks, Path(config.train.output_dir))
     if PartialState().is_main_process:
         for split, counts in result.data["records"].items():
             print(f"{split}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))

@@ -20,6 +20,9 @@ from copra_llm.conversations import InstructTask
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.interpolate import interpolate, line
+from copra_llm.protocols.plans import read_plans
+from copra_llm.protocols.sweep import Sweep, run_sweep
+from copra_llm.report import connectivity_table, find_results
 from copra_llm.results import read_result
 from copra_llm.shapley import exact
 from copra_llm.train import train_adapter
@@ -328,3 +331,39 @@ def test_held_out_records_are_not_trained_on(config, data):
     }
     with pytest.raises(InputError, match="only 40 training records"):
         build(config(dev_size=40), ["instruct"], splits=("train",))
+
+
+# --- the protocol -----------------------------------------------------------------------------------------
+
+
+def test_the_plan_trains_and_merges_under_the_data_sets_name(tiny_llama, data, tmp_path, monkeypatch):
+    """Records are the data set's, name it through its variable, and nothing is done twice."""
+    monkeypatch.setenv("TINY_DATA", str(data.parent))
+    settings = {key: value for key, value in BASE.items() if key not in ("method", "max_steps", "learning_rate")}
+    settings |= {"dataset_name": ["$TINY_DATA/train.jsonl"], "test_dataset_name": ["$TINY_DATA/train.jsonl"]}
+    plan = Sweep(
+        model=str(tiny_llama), tasks=["tiny"], variants={"lora": {"method": "lora"}, "copra": {"method": "copra"}},
+        seeds=[0, 1], learning_rate=[0.02], max_steps=[4], points={"fusion": 3}, settings=settings,
+    )  # fmt: skip
+    run_sweep(plan, tmp_path / "results", tmp_path / "work", None, lambda text: None, workers=1)
+    place = tmp_path / "results" / tiny_llama.name
+    found = {p.relative_to(place).as_posix(): p for p in place.rglob("*.json")}
+    assert len(found) == 2 * 3 and all(name.startswith("tiny/") for name in found)
+    record = read_result(found["tiny/copra/fusion-lr0.02-steps4-seeds0-1.json"])
+    assert record.config["dataset_name"] == ["$TINY_DATA/train.jsonl"] and "test/tiny/loss@0.5" in record.metrics
+    before = {p: p.stat().st_mtime_ns for p in found.values()}
+    run_sweep(plan, tmp_path / "results", tmp_path / "work", None, lambda text: None, workers=1)
+    assert {p: p.stat().st_mtime_ns for p in found.values()} == before
+    assert "| tiny | CopRA |" in connectivity_table(find_results([tmp_path / "results"]))
+
+
+def test_the_projects_plan_can_be_read():
+    plans = read_plans(Path(__file__).resolve().parents[1] / "eval" / "instruct" / "plan.yaml", Sweep)
+    assert set(plans) == {"alpaca", "gsm8k", "arc-easy"}
+    assert all(plan.settings["packing"] and plan.settings["dataset_name"] for plan in plans.values())
+
+
+@pytest.mark.parametrize("tasks", [["sst2"], ["one", "other"]])
+def test_a_name_that_is_not_the_conversations_own_is_refused(config, tasks):
+    with pytest.raises(InputError, match="conversations have one name of their own"):
+        build(config(tasks=tasks), tasks, splits=("train",))
