@@ -134,6 +134,20 @@ def test_without_isolation_packing_would_leak(config):
     assert (apart - leaking).abs().max() > 0.01
 
 
+def test_without_padding_each_row_is_what_it_was(config):
+    """All rows in one, as for FlashAttention: the same losses and scores; here with attention that heeds positions."""
+    bench = build(config(), ["instruct"], splits=("train",))
+    rows = bench.splits["train"]["instruct"].encoded[:5]
+    assert not bench.classifier.padding_free
+    padded = bench.classifier.collate(InstructTask(), rows, [1] * 5)
+    bench.classifier.padding_free = True
+    free = bench.classifier.collate(InstructTask(), rows, [1] * 5)
+    assert free["input_ids"].shape == (1, sum(len(row[0]) for row in rows)) and padded["input_ids"].shape[0] == 5
+    for scores in (False, True):
+        found, expected = (bench.classifier(batch, scores=scores) for batch in (free, padded))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_that_mixes_packed_examples_is_refused(config, monkeypatch):
     from transformers import LlamaForCausalLM
 
@@ -240,6 +254,13 @@ def test_accumulated_tokens_count_alike(config, tmp_path):
     for name, f in weights[0].factors.items():
         # Adam's first step is the sign of the gradient times the rate; rounding may move entries whose gradient is ~0.
         torch.testing.assert_close(f.lora_B, weights[1].factors[name].lora_B, rtol=1e-3, atol=1e-4)
+
+
+def test_checkpointed_activations_change_nothing(config, tmp_path):
+    for name, wanted in (("kept", False), ("again", True)):
+        train_adapter(config(packing=True, gradient_checkpointing=wanted), ["instruct"], tmp_path / name)
+    one, other = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("kept", "again"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(finished, tmp_path):
