@@ -19,7 +19,7 @@ from copra_llm.results import Result, write_atomic
 from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
 from copra_llm.summaries.landscape_plots import draw
 from copra_llm.summaries.mtl15 import suite_table
-from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table
+from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table, structured_table
 from copra_llm.summaries.shapley import shapley_details, shapley_table
 from copra_llm.summaries.speed import coalitions_table, estimators_table, instruct_table, merging_table
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
@@ -55,6 +55,7 @@ def planned_suite(records: Sequence[Result]) -> str:
 TABLES = {
     "demo": (connectivity_table, "demo"),
     "interpolation": (tuned_table, "interpolation"),
+    "structured": (structured_table, "pruning"),
     "shapley": (shapley_table, "shapley"),
     "layerwise": (layerwise_table, "landscape"),
     "federated": (federated_table, "federated"),
