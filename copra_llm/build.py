@@ -13,7 +13,7 @@ from copra_llm.batches import EncodedSplit, encode_split
 from copra_llm.choice_model import ChoiceModel
 from copra_llm.classifiers import Classifier, build_classifier, make_head, read_heads
 from copra_llm.config import RunConfig
-from copra_llm.conversations import InstructTask, encode_conversations, read_conversations
+from copra_llm.conversations import InstructTask, asks_conversations, encode_conversations, read_conversations
 from copra_llm.errors import InputError, nearest
 from copra_llm.language_model import LanguageModel, refuse_leaking_packs
 from copra_llm.models import Base, add_adapter, load_adapter, load_base
@@ -49,8 +49,11 @@ def build(
     Raises:
         InputError: for whatever is wrong with the names, data, model or adapter.
     """
-    if tasks == [InstructTask.name]:
-        return _build_conversations(config, adapter, splits)
+    if asks_conversations(config, tasks):
+        if tasks[0] in choice_task_names():
+            raise InputError(f"these conversations are called {tasks[0]}, which is an evaluation's name; give --tasks "
+                             "another one")  # fmt: skip
+        return _build_conversations(config.replace(tasks=tasks), adapter, splits)
     if set(tasks) & set(choice_task_names()):
         return _build_choices(config, tasks, adapter, splits)
     _check_names(tasks)
@@ -101,7 +104,7 @@ def _build_conversations(config: RunConfig, adapter: Path | None, splits: tuple[
             start_from(model, load_adapter_weights(config.part.init_adapter), config.lora.scaling)
     else:
         model = load_adapter(base, adapter)
-    return Workbench(base, LanguageModel(base, model), [InstructTask()], encoded, counts)
+    return Workbench(base, LanguageModel(base, model), [InstructTask(*config.data.tasks)], encoded, counts)
 
 
 def _build_choices(config: RunConfig, tasks: list[str], adapter: Path | None, splits: tuple[str, ...]) -> Workbench:

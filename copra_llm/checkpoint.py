@@ -82,6 +82,13 @@ def save_checkpoint(accelerator, classifier, optimizer, config: RunConfig, folde
     accelerator.wait_for_everyone()
 
 
+def load_weights(classifier, folder: Path) -> None:
+    """Give a model the adapter in a folder, of the same shapes, and an encoder its heads."""
+    set_peft_model_state_dict(classifier.model, load_file(folder / WEIGHTS_FILE))
+    for task, head in read_heads(folder).items():
+        classifier.heads[task].data.copy_(head)
+
+
 def resume(config: RunConfig, folder: Path, classifier, optimizer, scheduler) -> Progress:
     """Load the checkpoint that the config names into the parts; a fresh `Progress` if there is none."""
     wanted = config.train.resume_from_checkpoint
@@ -94,9 +101,7 @@ def resume(config: RunConfig, folder: Path, classifier, optimizer, scheduler) ->
         raise InputError(f"--resume_from_checkpoint names {checkpoint}, which holds no {STATE}; give a checkpoint")
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     refuse_other_settings(checkpoint, state.pop("config"), config)
-    set_peft_model_state_dict(classifier.model, load_file(checkpoint / WEIGHTS_FILE))
-    for task, head in read_heads(checkpoint).items():
-        classifier.heads[task].data.copy_(head)
+    load_weights(classifier, checkpoint)
     optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER, weights_only=True))
     progress = Progress(**state)
     advance(scheduler, progress.step)

@@ -74,7 +74,10 @@ ALL = (*COMMON, InstructSettings)
 
 
 def parse_run_config(
-    argv: list[str] | None = None, description: str | None = None, groups: tuple[type, ...] = COMMON
+    argv: list[str] | None = None,
+    description: str | None = None,
+    groups: tuple[type, ...] = COMMON,
+    defaults: dict[str, Any] | None = None,
 ) -> RunConfig:
     """Read a recipe's command line.
 
@@ -82,6 +85,7 @@ def parse_run_config(
         argv: the words; None: those of the process.
         description: of the recipe, for `--help`.
         groups: of settings the recipe has, the first ones of `ALL`.
+        defaults: where the recipe's differ.
 
     Raises:
         InputError: for an unknown flag or key, a value of the wrong kind, or settings that contradict.
@@ -92,6 +96,7 @@ def parse_run_config(
     parser = HfArgumentParser(groups, description=description, allow_abbrev=False, exit_on_error=False)
     parser.error = _raise_input_error
     parser.add_argument("--config", metavar="FILE", help="Flat YAML with the names below; flags win over it.")
+    parser.set_defaults(**defaults or {})
     names = sorted({f.name for group in groups for f in dataclasses.fields(group)})
     _refuse_unknown_flags(argv, [*names, "config", "help"], negated=[n for n in names if f"--no_{n}" in argv])
     try:

@@ -23,7 +23,10 @@ from copra_llm.tasks.instruct.lengths import Counts, counted, fit
 from copra_llm.tasks.instruct.mixture import epoch_order
 from copra_llm.tasks.instruct.records import Record
 from copra_llm.tasks.instruct.sources import Reader, parse_sources, strict
+from copra_llm.tasks.mtl15 import task_names
 
+INSTRUCT = "instruct"
+"""The name of a task on conversations, unless a run gives another one (`--tasks alpaca`)."""
 RIGHT = 1
 """The label of an example: a model that says all of it grades it so."""
 
@@ -32,7 +35,12 @@ RIGHT = 1
 class InstructTask:
     """What a run on conversations is called in its records."""
 
-    name: str = "instruct"
+    name: str = INSTRUCT
+
+
+def asks_conversations(config: RunConfig, tasks: list[str]) -> bool:
+    """Whether these tasks are the run's own conversations, and not a benchmark that it is evaluated on."""
+    return tasks == [INSTRUCT] or (config.instruct is not None and tasks == config.data.tasks)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,10 @@ def read_conversations(config: RunConfig, splits: Iterable[str]) -> Conversation
     settings = config.instruct
     if settings is None:
         raise InputError("the task instruct was asked for, but no conversations were; give --dataset_name")
+    name = config.data.tasks[0]
+    if len(config.data.tasks) > 1 or name in task_names():
+        raise InputError(f"--tasks names {' and '.join(config.data.tasks)}, but conversations have one name of their "
+                         "own, none of MTL15's; leave it out, or give another one")  # fmt: skip
     named = {"dev": settings.eval_dataset_name, "test": settings.test_dataset_name}
     records = {}
     for split in splits:
@@ -81,8 +93,8 @@ def encode_conversations(
     Raises:
         InputError: if the chat template refuses a record, or nothing is left of a split.
     """
-    settings, task = config.instruct, InstructTask()
-    encoder = Encoder(tokenizer, settings.chat_template, settings.train_on)
+    settings, task = config.instruct, InstructTask(*config.data.tasks)
+    encoder = Encoder(tokenizer, settings.chat_template, settings.turns)
     splits, counts = {}, {}
     for split, records in conversations.records.items():
         counts[split] = Counts()

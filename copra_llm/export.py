@@ -137,7 +137,7 @@ def _untie(model: PeftModel) -> None:
 def _merge(model: PeftModel, source: str, progress: bool) -> PreTrainedModel:
     try:
         return model.merge_and_unload(progressbar=progress, safe_merge=True)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # a NotImplementedError is a RuntimeError
         first = " ".join(str(error).split())[:200]
         raise InputError(f"{source} cannot be folded ({first}); use an adapter that PEFT can merge and whose values "
                          "are finite, such as an earlier checkpoint") from None  # fmt: skip

@@ -46,25 +46,31 @@ class LanguageModel(nn.Module):
         self.model = model
         self.tokenizer = base.tokenizer
         self._linear_head = ends_with_its_head(base.model)
+        # FlashAttention reads where examples begin and computes nothing across them; others would build a mask of
+        # all tokens by all tokens.
+        self.padding_free = str(base.model.config._attn_implementation).startswith("flash_attention")
 
     # --- texts -> batches ---------------------------------------------------------------------------------
 
     def collate(self, task, rows: list[list[Encoded]], labels: list[int]) -> dict:
-        """Rows of examples as a batch: ids and positions `(rows, width)`, and where trained tokens stand."""
-        width = max(sum(map(len, row)) for row in rows)
-        pad = self.tokenizer.pad_token_id
-        ids = torch.full((len(rows), width), self.tokenizer.eos_token_id if pad is None else pad)
-        positions = torch.zeros(len(rows), width, dtype=torch.long)
+        """Rows of examples as a batch: ids and positions `(rows, width)`, and where trained tokens stand.
+
+        Padding-free, all of them are one row `(1, tokens)`; `rows` still says which each trained token is of.
+        """
+        lengths = [sum(map(len, row)) for row in rows]
+        width = max(lengths)
+        begins = [sum(lengths[:i]) if self.padding_free else i * width for i in range(len(rows))]
+        shape = (1, sum(lengths)) if self.padding_free else (len(rows), width)
+        ids, positions = torch.full(shape, self.tokenizer.pad_token_id), torch.zeros(shape, dtype=torch.long)
         places, owners = [], []
-        for i, row in enumerate(rows):
-            start = 0
+        for i, (row, start) in enumerate(zip(rows, begins, strict=True)):
             for example in row:
                 stop = start + len(example)
-                ids[i, start:stop] = torch.from_numpy(example.input_ids.astype("int64"))
-                positions[i, start:stop] = torch.arange(stop - start)
-                # A row's first token is predicted from nothing.
-                at = start + torch.from_numpy(example.trained[1:].nonzero()[0]) + 1
-                places.append(i * width + at)
+                ids.view(-1)[start:stop] = torch.from_numpy(example.input_ids.astype("int64"))
+                positions.view(-1)[start:stop] = torch.arange(stop - start)
+                # An example's first token is predicted from nothing.
+                at = start + 1 + torch.from_numpy(example.trained[1:].nonzero()[0])
+                places.append(at)
                 owners.append(torch.full((len(at),), i))
                 start = stop
         batch = {
@@ -73,7 +79,8 @@ class LanguageModel(nn.Module):
             "rows": torch.cat(owners),
             "labels": torch.tensor(labels),
         }
-        return batch | ({"position_ids": positions} if any(len(row) > 1 for row in rows) else {})
+        several = self.padding_free or any(len(row) > 1 for row in rows)
+        return batch | ({"position_ids": positions} if several else {})
 
     # --- batches -> losses --------------------------------------------------------------------------------
 
@@ -87,7 +94,7 @@ class LanguageModel(nn.Module):
         losses, right = self.token_losses(batch)
         if not scores:
             return losses.sum() / batch.get("items", max(1, len(losses)))
-        n = len(batch["input_ids"])
+        n = len(batch["labels"])
         summed = losses.new_zeros(n, dtype=torch.float64).index_add_(0, batch["rows"], losses.double())
         wrong = torch.zeros_like(summed).index_add_(0, batch["rows"], (~right).double())
         return torch.stack([summed, wrong], dim=1)

@@ -31,6 +31,7 @@ from transformers import (
 
 from copra_llm.errors import InputError, nearest
 from copra_llm.gguf import TORN_GGUF, UNREADABLE, converted_gguf, gguf_arguments, gguf_folder, quiet_loading
+from copra_llm.quantised_base import keep_trainable, quantisation
 from copra_llm.settings import LoraSettings, ModelSettings
 
 
@@ -195,12 +196,14 @@ def load_base(settings: ModelSettings) -> Base:
     kind = kind_of(config)
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
+    options |= quantisation(settings, dtype)
     with _readable(settings.model_name_or_path), quiet_loading():
         model = _AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **_extra(kind, config), **options)
         tokenizer = AutoTokenizer.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False)
+    keep_trainable(model)
     return Base(model, tokenizer, source, kind, fingerprint(source.load_from))
 
 

@@ -47,6 +47,10 @@ class Schedule:
         if self.shape not in SHAPES:
             raise InputError(f"ramp_shape is {self.shape!r}, but must be one of {', '.join(SHAPES)}")
 
+    def settled(self, t: float) -> bool:
+        """Whether the ramp has ended at relative time `t`."""
+        return t >= self.ramp_fraction or self.p_start == self.p_end or self.shape == "constant"
+
     def __call__(self, t: float) -> float:
         """Activation probability at relative time `t` in [0, 1]."""
         progress = min(t / self.ramp_fraction, 1.0)

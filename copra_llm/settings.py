@@ -29,6 +29,16 @@ class ModelSettings:
     dtype: str = setting("float32", "Type the frozen base is loaded in: float32, bfloat16 or float16.")
     attn_implementation: str | None = setting(None, "sdpa, eager, flash_attention_2, ...; unset: the model's default.")
     trust_remote_code: bool = setting(False, "Run code that comes with a Hub model.")
+    load_in_4bit: bool = setting(False, "Hold the frozen base in 4 bits (QLoRA; needs bitsandbytes).")
+    load_in_8bit: bool = setting(False, "Hold the frozen base in 8 bits (needs bitsandbytes).")
+    bnb_4bit_quant_type: str = setting("nf4", "4-bit numbers: nf4 or fp4.")
+    bnb_4bit_use_double_quant: bool = setting(True, "Quantise the 4-bit blocks' scales too.")
+
+    def __post_init__(self):
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("--load_in_4bit and --load_in_8bit were both given; choose one")
+        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise InputError(f'--bnb_4bit_quant_type is "{self.bnb_4bit_quant_type}", but must be nf4 or fp4')
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,7 @@ class InstructSettings:
     dev_size: int = setting(200, "Training examples held out as dev data where no --eval_dataset_name is given.")
     dev_seed: int = setting(0, "Seed of which examples are held out; runs that are compared must share it.")
     chat_template: str | None = setting(None, "chatml, plain, alpaca, or a file; unset: the tokenizer's own.")
-    train_on: str = setting("all", "Which of the assistant's turns are trained: all, or the last.")
+    turns: str = setting("all", "Which of the assistant's turns are trained: all, or the last.")
     too_long: str = setting("cut", "What happens to examples above --max_length: cut, or drop.")
     packing: bool = setting(False, "Fill rows of --max_length tokens with several examples, kept apart.")
 
@@ -206,12 +216,16 @@ class TrainSettings:
     per_device_eval_batch_size: int = setting(64, "Examples a device takes in one evaluation pass.")
     gradient_accumulation_steps: int = setting(1, "Forward passes to one optimizer step; they share one mask.")
     learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.")
+    loraplus_lr_ratio: float | None = setting(None, "LoRA+: the factors B learn so many times faster; unset: alike.")
     lr_scheduler_type: str = setting("cosine", f"One of {', '.join(SCHEDULERS)}.")
     warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm (of the active layers); 0: never.")
     bf16: bool = setting(False, "Mixed precision in bfloat16.")
     fp16: bool = setting(False, "Mixed precision in float16 (needs a GPU).")
+    neftune_noise_alpha: float | None = setting(
+        None, "NEFTune: noise of this size on the embeddings while training; unset: none."
+    )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     seed: int = setting(0, "Feeds the three seeds below where they are unset.")
     init_seed: int | None = setting(None, "Seed of the adapter's initialisation.")
@@ -219,6 +233,12 @@ class TrainSettings:
     mask_seed: int | None = setting(None, "Seed of the masks.")
     logging_steps: int = setting(10, "Optimizer steps between log entries.")
     eval_steps: int | None = setting(None, "Optimizer steps between evaluations on dev; unset: at the end only.")
+    load_best_model_at_end: bool = setting(
+        False, "End with the adapter of the least dev loss among --eval_steps' after the ramp, not with the last one."
+    )
+    early_stopping_patience: int | None = setting(
+        None, "Stop after so many evaluations without a new best one, and end with the best; unset: never."
+    )
     save_steps: int | None = setting(None, "Optimizer steps between checkpoints; unset: at --checkpoint_at only.")
     save_total_limit: int | None = setting(None, "Keep this many of the newest --save_steps checkpoints; unset: all.")
     checkpoint_at: list[float] = setting(
@@ -233,15 +253,24 @@ class TrainSettings:
 
     def __post_init__(self):
         positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in (*positive, "logging_steps", "max_nonfinite_steps", "eval_steps", "save_steps", "save_total_limit"):
+        for name in (
+            *positive,
+            "logging_steps",
+            "max_nonfinite_steps",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+            "early_stopping_patience",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} is {value}, but must be at least 1")
         if self.max_steps < 1 and self.max_steps != -1:
             raise InputError(f"--max_steps is {self.max_steps}, but must be at least 1 (or -1: by --num_train_epochs)")
-        for name in ("learning_rate", "num_train_epochs"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise InputError(f"--{name} is {getattr(self, name)}, but must be positive")
+        for name in ("learning_rate", "num_train_epochs", "loraplus_lr_ratio", "neftune_noise_alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < math.inf:
+                raise InputError(f"--{name} is {value}, but must be positive")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "init_seed", "data_seed", "mask_seed"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
@@ -253,8 +282,15 @@ class TrainSettings:
             raise InputError(f'--lr_scheduler_type is "{self.lr_scheduler_type}"{hint}, but must be one of {known}')
         if any(not 0.0 < fraction <= 1.0 for fraction in self.checkpoint_at):
             raise InputError(f"--checkpoint_at is {self.checkpoint_at}, but fractions must lie in (0, 1]")
+        if self.keeps_best and self.eval_steps is None:
+            raise InputError("the best adapter was asked for, but is only known among evaluations; give --eval_steps")
         if self.bf16 and self.fp16:
             raise InputError("--bf16 and --fp16 were both given; choose one")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run ends with its best adapter."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
 
     @property
     def mixed_precision(self) -> str:

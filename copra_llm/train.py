@@ -30,8 +30,10 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from tqdm import tqdm
 from transformers import get_scheduler
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from copra_llm.batches import BatchStream, train_loader
+from copra_llm.best import BestAdapter
 from copra_llm.build import Workbench, build
 from copra_llm.checkpoint import (
     PREEMPTED,
@@ -49,6 +51,7 @@ from copra_llm.errors import InputError, Preempted
 from copra_llm.evaluate import evaluate, load_metrics
 from copra_llm.gates import LayerGates
 from copra_llm.masks import sample_mask
+from copra_llm.optimizer import FiniteWatch, clip, make_optimizer
 from copra_llm.results import (
     Result,
     environment,
@@ -124,7 +127,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     schedule = config.schedule.schedule()
     gates = LayerGates(classifier, config.schedule.granularity, config.schedule.layer_pattern)
     trained = [p for p in classifier.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    optimizer = make_optimizer(classifier, settings)
     # Not prepared: Accelerate would step it once a process, but rate and p(t) count optimizer steps.
     first, whole = config.part.span_in_steps(total_steps)
     scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, whole)
@@ -144,12 +147,14 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
         classifier, optimizer, loader
     )
     classifier.train()
-    watch = _FiniteWatch(accelerator, optimizer, settings.max_nonfinite_steps, progress)
+    watch = FiniteWatch(accelerator, optimizer, settings.max_nonfinite_steps, progress)
+    best = BestAdapter(accelerator, folder, settings, lambda step: schedule.settled((first + step) / whole), progress)
     keep_at = {step_at(fraction, total_steps) for fraction in settings.checkpoint_at}
     batches = iter(loader)
     logged = _RunningLoss(accelerator.device)
     clock = time.time() - progress.seconds
-    with _bar(accelerator, progress.step, total_steps) as bar, _sigterm() as asked_to_stop:
+    noise = noisy_embeddings(bench.base.model, settings.neftune_noise_alpha)
+    with noise, _bar(accelerator, progress.step, total_steps) as bar, _sigterm() as asked_to_stop:
         for step in range(progress.step, total_steps):
             now = first + step  # of `whole`: the run may be a part of a longer one
             p = schedule(now / whole)
@@ -162,7 +167,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
                         accelerator.backward(loss)
                         logged.add(loss)
                         if accelerator.sync_gradients:
-                            norm = _clip(accelerator, trained, settings.max_grad_norm)
+                            norm = clip(accelerator, trained, settings.max_grad_norm)
                         watch.before_step(loss, norm if accelerator.sync_gradients else None)
                         optimizer.step()
                         optimizer.zero_grad()
@@ -178,8 +183,9 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
                 progress.log.append({"step": progress.step, **entry})
                 accelerator.log({f"train/{key}": value for key, value in entry.items()}, step=progress.step)
                 bar.set_postfix(loss=f"{entry['loss']:.3f}", p=f"{p:.2f}")
-            if settings.eval_steps and progress.step % settings.eval_steps == 0 and not last:
+            if settings.eval_steps and progress.step % settings.eval_steps == 0 and (best.wanted or not last):
                 _evaluate_dev(accelerator, bench, settings.per_device_eval_batch_size, progress)
+                best.look(classifier)
             regular = bool(settings.save_steps) and progress.step % settings.save_steps == 0
             stopping = asked_to_stop()
             if regular or stopping or progress.step in keep_at:
@@ -192,6 +198,9 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
                     write_atomic(folder / PREEMPTED, f"stopped by SIGTERM after step {progress.step}\n")
                 raise Preempted(f"stopped after step {progress.step} of {total_steps}; resume with "
                                 f"--resume_from_checkpoint latest")  # fmt: skip
+            if best.exhausted():
+                break
+    best.restore(classifier)
     return progress
 
 
@@ -210,43 +219,6 @@ def next_step(accelerator: Accelerator, batches: Iterator[dict], count: int) -> 
         items = accelerator.reduce(items, reduction="sum") / (count * accelerator.num_processes)
         step = [batch | {"items": items} for batch in step]
     return step
-
-
-class _FiniteWatch:
-    """Leaves out steps whose loss or gradient is not finite, without waiting for the device.
-
-    The fused AdamW reads a flag tensor, `found_inf`, and leaves parameters, moments and step counts alone
-    where it is 1. The flag stays on the device and is summed over processes; only `read`, at log steps,
-    brings a count to the host. Under float16 the loss scaler does the same by itself.
-    """
-
-    def __init__(self, accelerator: Accelerator, optimizer, limit: int, progress: Progress):
-        self.accelerator, self.limit, self.progress = accelerator, limit, progress
-        self.target = None if accelerator.scaler is not None else optimizer.optimizer
-        self.bad_micro = torch.zeros((), device=accelerator.device)
-        self.bad_steps = torch.zeros((), device=accelerator.device)
-
-    def before_step(self, loss: torch.Tensor, norm: torch.Tensor | None) -> None:
-        self.bad_micro += (~torch.isfinite(loss.detach())).float()
-        if norm is None:
-            return
-        self.bad_micro += (~torch.isfinite(norm)).float()
-        if self.accelerator.num_processes > 1:
-            self.bad_micro = self.accelerator.reduce(self.bad_micro, reduction="sum")
-        found = (self.bad_micro > 0).float()
-        if self.target is not None:
-            self.target.found_inf = found
-        self.bad_steps += found
-        self.bad_micro = torch.zeros_like(self.bad_micro)
-
-    def read(self, step: int) -> None:
-        self.progress.skipped += int(self.bad_steps)
-        self.bad_steps.zero_()
-        if self.progress.skipped >= self.limit:
-            raise InputError(
-                f"by step {step} {self.progress.skipped} steps had a loss or gradient that was not finite; lower "
-                "--learning_rate, or use --dtype float32"
-            )
 
 
 class _RunningLoss:
@@ -276,10 +248,23 @@ def checkpoint_activations(model) -> None:
     model.disable_input_require_grads()
 
 
-def _clip(accelerator: Accelerator, trained: list, max_norm: float) -> torch.Tensor:
-    # Inactive layers have no gradient at all: the norm is that of the active ones.
-    norm = accelerator.clip_grad_norm_(trained, max_norm if max_norm > 0 else math.inf)
-    return norm if isinstance(norm, torch.Tensor) else torch.tensor(float(norm), device=accelerator.device)
+@contextlib.contextmanager
+def noisy_embeddings(model, alpha: float | None) -> Iterator[None]:
+    """Uniform noise of at most alpha / sqrt(tokens * hidden) on the embeddings while training; None: nothing.
+
+    Source: Jain et al., NEFTune (arXiv 2310.05914), algorithm 1, in transformers' implementation.
+    """
+    if alpha is None:
+        yield
+        return
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = alpha
+    hook = embeddings.register_forward_hook(neftune_post_forward_hook)
+    try:
+        yield
+    finally:
+        hook.remove()
+        del embeddings.neftune_noise_alpha
 
 
 def _seed_noise(seed: int, step: int, rank: int) -> None:

@@ -19,9 +19,9 @@ from copra_llm.results import Result, write_atomic
 from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
 from copra_llm.summaries.landscape_plots import draw
 from copra_llm.summaries.mtl15 import suite_table
-from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table
+from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table, structured_table
 from copra_llm.summaries.shapley import shapley_details, shapley_table
-from copra_llm.summaries.speed import coalitions_table, estimators_table, merging_table
+from copra_llm.summaries.speed import coalitions_table, estimators_table, instruct_table, merging_table
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
 from copra_llm.summaries.together import federated_table, multitask_details, multitask_table
 
@@ -55,11 +55,13 @@ def planned_suite(records: Sequence[Result]) -> str:
 TABLES = {
     "demo": (connectivity_table, "demo"),
     "interpolation": (tuned_table, "interpolation"),
+    "structured": (structured_table, "pruning"),
     "shapley": (shapley_table, "shapley"),
     "layerwise": (layerwise_table, "landscape"),
     "federated": (federated_table, "federated"),
     "multitask": (multitask_table, "multitask"),
     "step_time": (step_time_table, "step_time"),
+    "instruct_speed": (instruct_table, "speed"),
 }
 """README section -> (function of the records, folder of eval/ that holds them)."""
 PAGES = {
@@ -79,6 +81,7 @@ PAGES = {
         "plane": (plane_table, "landscape"),
         "similarity": (similarity_table, "landscape"),
     },
+    EVAL / "instruct" / "README.md": {"instruct": (connectivity_table, "instruct")},
     EVAL / "shapley" / "README.md": {"shapley_details": (shapley_details, "shapley")},
     EVAL / "speed" / "README.md": {
         "merging": (merging_table, "speed"),

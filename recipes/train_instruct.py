@@ -16,11 +16,18 @@ from copra_llm.config import ALL, parse_run_config
 from copra_llm.errors import exit_on_input_error
 from copra_llm.train import train_adapter
 
+DEFAULTS = {
+    "model_name_or_path": "smollm2", "tasks": ["instruct"], "lora_r": 16, "lora_alpha": 32.0,
+    "lora_target_modules": ["all-linear"], "learning_rate": 2e-4, "max_length": 1024, "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8,
+}  # fmt: skip
+"""What TRL's users are used to."""
+
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> int:
-    config = parse_run_config(argv, description=__doc__, groups=ALL)
-    result = train_adapter(config, ["instruct"], Path(config.train.output_dir))
+    config = parse_run_config(argv, description=__doc__, groups=ALL, defaults=DEFAULTS)
+    result = train_adapter(config, config.data.tasks, Path(config.train.output_dir))
     if PartialState().is_main_process:
         for split, counts in result.data["records"].items():
             print(f"{split}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))

@@ -13,7 +13,7 @@ import yaml
 
 from copra_llm.adapters import load_adapter_weights
 from copra_llm.build import build
-from copra_llm.choice_model import encode_pair
+from copra_llm.choice_model import ChoiceModel, encode_pair
 from copra_llm.cli import main
 from copra_llm.coalitions import CoalitionGame
 from copra_llm.config import RunConfig
@@ -337,5 +337,10 @@ def test_bad_input_is_one_sentence(root, adapters, capsys, flags, expected):
 def test_evaluations_are_not_trained_on_and_need_a_causal_model(config, tiny_bert, adapters):
     with pytest.raises(InputError, match="arc_easy is for evaluation"):
         build(config(), ["arc_easy"], splits=("train",))
+    named = config(dataset_name=["data.jsonl"], tasks=["arc_easy"])
+    with pytest.raises(InputError, match="these conversations are called arc_easy, which is an evaluation's name"):
+        build(named, ["arc_easy"], splits=("train",))
+    with pytest.raises(InputError, match="is a.* encoder model, but choices are scored by a causal"):
+        ChoiceModel(load_base(config(model_name_or_path=str(tiny_bert)).model), torch.nn.Identity(), 128)
     with pytest.raises(InputError, match='there is no evaluation "sst2"'):
         build(config(), ["arc_easy", "sst2"], adapter=adapters[0], splits=("test",))

@@ -276,6 +276,10 @@ def misfit(bases, tiny_bert, adapter, folder) -> list:
     return [adapter, "--model_name_or_path", base]
 
 
+def no_place_for_a_bias(bases, tiny_bert, adapter, folder) -> list:
+    return [adapter_of(bases["untied"], folder / "biased", target_modules=["q_proj"], lora_bias=True)]
+
+
 def nameless(bases, tiny_bert, adapter, folder) -> list:
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -291,6 +295,7 @@ REFUSED = {
     "other base": (misfit, r"adapts model.layers.2.*which .*/base does not have; give the base"),
     "no base": (nameless, "does not say which base model it is for; give --model_name_or_path"),
     "nan": (lambda b, t, a, f: [with_values(a, math.nan)], "cannot be folded .*an earlier checkpoint"),
+    "bias": (no_place_for_a_bias, "/biased cannot be folded .*base layer has no bias.*an adapter that PEFT can merge"),
     "float16": (lambda b, t, a, f: [with_values(a, 1e6), "--dtype", "float16"], "not finite in torch.float16; write"),
     "dtype": (lambda b, t, a, f: [a, "--dtype", "int8"], '--dtype is "int8", but must be float32'),
     "shard size": (lambda b, t, a, f: [a, "--max_shard_size", "big"], '--max_shard_size is "big", but must be'),

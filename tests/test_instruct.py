@@ -20,6 +20,9 @@ from copra_llm.conversations import InstructTask
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.interpolate import interpolate, line
+from copra_llm.protocols.plans import read_plans
+from copra_llm.protocols.sweep import Sweep, run_sweep
+from copra_llm.report import connectivity_table, find_results
 from copra_llm.results import read_result
 from copra_llm.shapley import exact
 from copra_llm.train import train_adapter
@@ -131,6 +134,20 @@ def test_without_isolation_packing_would_leak(config):
     assert (apart - leaking).abs().max() > 0.01
 
 
+def test_without_padding_each_row_is_what_it_was(config):
+    """All rows in one, as for FlashAttention: the same losses and scores; here with attention that heeds positions."""
+    bench = build(config(), ["instruct"], splits=("train",))
+    rows = bench.splits["train"]["instruct"].encoded[:5]
+    assert not bench.classifier.padding_free
+    padded = bench.classifier.collate(InstructTask(), rows, [1] * 5)
+    bench.classifier.padding_free = True
+    free = bench.classifier.collate(InstructTask(), rows, [1] * 5)
+    assert free["input_ids"].shape == (1, sum(len(row[0]) for row in rows)) and padded["input_ids"].shape[0] == 5
+    for scores in (False, True):
+        found, expected = (bench.classifier(batch, scores=scores) for batch in (free, padded))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_that_mixes_packed_examples_is_refused(config, monkeypatch):
     from transformers import LlamaForCausalLM
 
@@ -239,6 +256,13 @@ def test_accumulated_tokens_count_alike(config, tmp_path):
         torch.testing.assert_close(f.lora_B, weights[1].factors[name].lora_B, rtol=1e-3, atol=1e-4)
 
 
+def test_checkpointed_activations_change_nothing(config, tmp_path):
+    for name, wanted in (("kept", False), ("again", True)):
+        train_adapter(config(packing=True, gradient_checkpointing=wanted), ["instruct"], tmp_path / name)
+    one, other = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("kept", "again"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_a_resumed_run_ends_with_the_same_bytes(finished, tmp_path):
     config = RunConfig.from_flat(read_result(finished / "seed0" / "result.json").config)
     shutil.copytree(finished / "seed0", tmp_path / "run")
@@ -290,7 +314,7 @@ def test_the_command_evaluates_on_other_conversations(finished, tmp_path, capsys
 
 
 def test_the_recipe_has_the_flags_of_conversations(tmp_path):
-    config = parse_run_config(["--dataset_name", "a.jsonl:2", "b", "--packing", "--train_on", "last"], groups=ALL)
+    config = parse_run_config(["--dataset_name", "a.jsonl:2", "b", "--packing", "--turns", "last"], groups=ALL)
     assert config.instruct.dataset_name == ["a.jsonl:2", "b"] and config.instruct.packing
     assert RunConfig.from_flat(config.flat()) == config
     assert RunConfig().instruct is None and "dataset_name" not in RunConfig().flat()
@@ -328,3 +352,39 @@ def test_held_out_records_are_not_trained_on(config, data):
     }
     with pytest.raises(InputError, match="only 40 training records"):
         build(config(dev_size=40), ["instruct"], splits=("train",))
+
+
+# --- the protocol -----------------------------------------------------------------------------------------
+
+
+def test_the_plan_trains_and_merges_under_the_data_sets_name(tiny_llama, data, tmp_path, monkeypatch):
+    """Records are the data set's, name it through its variable, and nothing is done twice."""
+    monkeypatch.setenv("TINY_DATA", str(data.parent))
+    settings = {key: value for key, value in BASE.items() if key not in ("method", "max_steps", "learning_rate")}
+    settings |= {"dataset_name": ["$TINY_DATA/train.jsonl"], "test_dataset_name": ["$TINY_DATA/train.jsonl"]}
+    plan = Sweep(
+        model=str(tiny_llama), tasks=["tiny"], variants={"lora": {"method": "lora"}, "copra": {"method": "copra"}},
+        seeds=[0, 1], learning_rate=[0.02], max_steps=[4], points={"fusion": 3}, settings=settings,
+    )  # fmt: skip
+    run_sweep(plan, tmp_path / "results", tmp_path / "work", None, lambda text: None, workers=1)
+    place = tmp_path / "results" / tiny_llama.name
+    found = {p.relative_to(place).as_posix(): p for p in place.rglob("*.json")}
+    assert len(found) == 2 * 3 and all(name.startswith("tiny/") for name in found)
+    record = read_result(found["tiny/copra/fusion-lr0.02-steps4-seeds0-1.json"])
+    assert record.config["dataset_name"] == ["$TINY_DATA/train.jsonl"] and "test/tiny/loss@0.5" in record.metrics
+    before = {p: p.stat().st_mtime_ns for p in found.values()}
+    run_sweep(plan, tmp_path / "results", tmp_path / "work", None, lambda text: None, workers=1)
+    assert {p: p.stat().st_mtime_ns for p in found.values()} == before
+    assert "| tiny | CopRA |" in connectivity_table(find_results([tmp_path / "results"]))
+
+
+def test_the_projects_plan_can_be_read():
+    plans = read_plans(Path(__file__).resolve().parents[1] / "eval" / "instruct" / "plan.yaml", Sweep)
+    assert set(plans) == {"alpaca", "gsm8k", "arc-easy"}
+    assert all(plan.settings["packing"] and plan.settings["dataset_name"] for plan in plans.values())
+
+
+@pytest.mark.parametrize("tasks", [["sst2"], ["one", "other"]])
+def test_a_name_that_is_not_the_conversations_own_is_refused(config, tasks):
+    with pytest.raises(InputError, match="conversations have one name of their own"):
+        build(config(tasks=tasks), tasks, splits=("train",))

@@ -133,6 +133,13 @@ def test_a_token_that_spans_the_boundary_is_trained(encoder, tokenizer):
     assert trained_runs(example, tokenizer) == ["\n\n\nHello.<|im_end|>"]
 
 
+def test_a_token_that_spans_the_end_is_trained(encoder, tokenizer):
+    """For the same reason."""
+    marked = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{{ '\n' }}{% endfor %}"
+    example = encoder(marked).encode(talk([("user", "Hi"), ("assistant", "Hello\n")]))
+    assert trained_runs(example, tokenizer)[-1] == "Hello\n\n"
+
+
 def test_a_turn_without_an_end_token_ends_with_its_white_space(encoder, tokenizer):
     """It is all that a model can learn to stop at."""
     example = encoder(NO_END).encode(talk(TALK))
@@ -184,6 +191,20 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_but_for_the_last(enco
     assert "a</think>" not in whole(example, tokenizer)
     # Nothing to forget: exact too.
     assert len(trained_runs(encoder(FORGETFUL).encode(talk(TALK)), tokenizer)) == 2
+
+
+def test_a_template_that_ends_its_last_turn_otherwise_is_refused_but_for_it(encoder, tokenizer):
+    """Not cut at the special token that the two texts last agree on, which stands before what was said."""
+    source = (
+        "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>' + m['content'] }}"
+        "{{ '<end_of_turn>' if loop.last and m['role'] == 'assistant' else '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant' }}{% endif %}"
+    )
+    with pytest.raises(InputError, match="writes message 2 otherwise"):
+        encoder(source).encode(talk(TALK))
+    assert trained_runs(encoder(source, turns="last").encode(talk(TALK)), tokenizer) == [
+        "<|end_header_id|>Bye.<end_of_turn>"
+    ]
 
 
 def test_a_template_that_reorders_is_refused(encoder):
@@ -312,11 +333,17 @@ def test_words_that_begin_with_a_mark_and_characters_in_bytes():
 
 
 def test_white_space_belongs_to_the_answer_where_offsets_are_trimmed():
-    """GPT-2's and Llama 3's post-processor takes it off the offsets: a line break would belong to nothing."""
+    """GPT-2's and Llama 3's post-processor takes spaces off the offsets: those at the end would belong to nothing."""
     tokenizer = smollm2_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    example = Encoder(tokenizer).encode(Text("Say:", "\n\nyes\n\n", "f"))
-    assert trained_runs(example, tokenizer) == ["\n\nyes\n\n" + tokenizer.eos_token]
+    example = Encoder(tokenizer).encode(Text("Say:", "  yes   ", "f"))
+    assert trained_runs(example, tokenizer) == ["  yes   " + tokenizer.eos_token]
+
+
+def test_a_tokenizer_that_was_set_to_cut_cuts_nothing(tokenizer):
+    """Cutting is counted, elsewhere."""
+    tokenizer("a", truncation=True, max_length=2)
+    assert len(Encoder(tokenizer).encode(Text("", "word " * 50, "f"))) > 50
 
 
 def test_what_no_tokenizer_takes(tokenizer, tiny_bert):

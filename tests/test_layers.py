@@ -14,10 +14,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
     ["settings", "config", "yaml_file", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates"]
     + ["errors", "answer_scores", "metrics"],
-    ["adapters", "gates", "gguf", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
+    ["adapters", "gates", "gguf", "quantised_base", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
     + ["packing", "linear_loss", "language_model", "choice_model", "conversations"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
+    + ["optimizer", "best"]
     + ["prefixes", "coalitions", "ledger", "generate"],
     ["figures"],
     ["protocols", "report", "summaries"],

@@ -24,7 +24,7 @@ from copra_llm.prune import Variant, structured_names
 from copra_llm.report import find_results
 from copra_llm.results import Result, read_result
 from copra_llm.saved_runs import SavedRun
-from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table
+from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table, structured_table
 from copra_llm.train import train_adapter
 from copra_llm.variants import evaluate_variants, figure_variants, unfinished_file
 
@@ -405,6 +405,12 @@ def test_what_a_record_has_not_is_a_dash_or_no_row():
     bare = [record("lora", 0, {("all", 1.0): 90, ("high", 1.0): 70})]
     assert "| LoRA | 90.0 | – | – | – | 70.0 | – | – | – | – | – | – |" in pruning_table(bare)
     assert pruning_table([]) == "" == pruning_details([])
+
+
+def test_the_short_table_is_the_long_ones_beginning():
+    """Of finished adapters alone, up to the drop against LoRA."""
+    long = [row.split("|") for row in pruning_table(RECORDS).splitlines() if "Early" not in row]
+    assert [row.split("|")[:-1] for row in structured_table(RECORDS).splitlines()] == [row[:11] for row in long]
 
 
 def test_the_details_hold_every_variant():

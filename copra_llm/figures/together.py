@@ -47,7 +47,7 @@ def mean_at_end(g: Group, which: str, name: str) -> Estimate:
 
 
 def task_accuracy(r: Result, task: str, which: str) -> float | None:
-    """ "single", "merged" or "normalised", in percent, of a task or "mean"; None where the record has none."""
+    """Accuracy of a task or "mean": "single", "merged" or "normalised", in percent; None where the record has none."""
     return r.metrics.get(f"{r.config.get('split', 'test')}/{task}/accuracy/{which}")
 
 

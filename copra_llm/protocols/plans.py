@@ -58,7 +58,8 @@ def read_plans(path: Path, kind: type[P]) -> dict[str, P]:
 def check_runs(tasks: list[str], methods: list[str], settings: dict[str, Any]) -> None:
     """Refuse a plan's tasks, methods and settings before anything is run."""
     for task in tasks:
-        get_task(task)
+        if "dataset_name" not in settings:  # conversations bear any name
+            get_task(task)
     for method in methods:
         RunConfig().replace(**settings | {"method": method})
 

@@ -19,11 +19,20 @@ DENSITIES = (0.5, 0.3, 0.1)
 """Of the entries with the largest magnitude, shown in the short table."""
 
 
-def pruning_table(results: Iterable[Result]) -> str:
-    """Markdown, a row a method: accuracies of the structured variants and of some densities, drops, and against LoRA.
+def structured_table(results: Iterable[Result]) -> str:
+    """Markdown, a row a method's finished adapters: accuracies with some of the layers, drops, and against LoRA.
 
     Accuracies in percent, differences in percentage points. "Drop" is the mean over the four kinds of layers kept.
     """
+    return _table((r for r in results if r.config.get("checkpoint") != "early"), ())
+
+
+def pruning_table(results: Iterable[Result]) -> str:
+    """The same with some densities and 4 bits, and of the checkpoints at a quarter of the run."""
+    return _table(results, DENSITIES)
+
+
+def _table(results: Iterable[Result], densities: Sequence[float]) -> str:
     series = pruning_series(results)
     series += averaged(series)
     rows = []
@@ -33,12 +42,13 @@ def pruning_table(results: Iterable[Result]) -> str:
         rows.append((
             s.model, s.task, s.name, *(_mean(s.accuracy(name)) for name in ("all", *LAYERS)), _estimate(drop),
             paired_estimate(drop, against.over_layers(against.drop)) if against is not s else None,
-            *(_mean(s.accuracy("magnitude", density)) for density in DENSITIES), _mean(s.accuracy("nf4")),
+            *(_mean(s.accuracy("magnitude", density)) for density in densities),
+            *(_mean(s.accuracy("nf4")) for _ in densities[:1]),
         ))  # fmt: skip
     columns = [
         ("model",), ("task",), ("method",), ("whole", ".1f"), ("every other", ".1f"), ("low", ".1f"),
         ("middle", ".1f"), ("high third", ".1f"), ("drop, mean of the four", ".1f"), ("drop minus LoRA's", ".1f"),
-        *((f"largest {100 * d:g} %", ".1f") for d in DENSITIES), ("nf4", ".1f"),
+        *((f"largest {100 * d:g} %", ".1f") for d in densities), *(("nf4", ".1f") for _ in densities[:1]),
     ]  # fmt: skip
     return markdown_table(columns, rows)
 

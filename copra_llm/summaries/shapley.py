@@ -67,7 +67,10 @@ def _cells(by_metric: ByMetric, lora: ByMetric) -> list[Value]:
 
 def _minus(records: Sequence[Result], base: Sequence[Result], name: str) -> Estimate | None:
     """The difference to other records of the same tasks and seeds."""
-    ours, theirs = ({(r.config["task"], r.config["seed"]): evenness(r, name) for r in of} for of in (records, base))
+    ours, theirs = (
+        {(r.config["task"], r.config["seed"]): value for r in of if (value := evenness(r, name)) is not None}
+        for of in (records, base)
+    )
     return paired_estimate(ours, theirs)
 
 

@@ -51,6 +51,22 @@ def coalitions_table(results: Iterable[Result]) -> str:
     return markdown_table(columns, rows)
 
 
+def instruct_table(results: Iterable[Result]) -> str:
+    """Markdown: tokens a second and peak memory of instruction tuning, against TRL's trainer."""
+    names = {"trl": "TRL", "lora": "this loop, LoRA", "copra": "this loop, CopRA"}
+    rows = []
+    for r in (r for r in results if r.protocol == "speed_instruct"):
+        for key in (key.removeprefix("ratio/") for key in r.metrics if key.startswith("ratio/")):
+            contender, _, packed = key.partition(", ")
+            ratio = Estimate(*(r.metrics[f"{what}/{key}"] for what in ("ratio", "ratio_min", "ratio_max")))
+            rows.append(
+                ("yes" if packed else "no", names[contender], f"{r.metrics[f'tokens_per_second/{key}']:.0f}",
+                 None if contender == "trl" else ratio, f"{r.metrics[f'peak_bytes/{key}'] / 1e9:.1f} GB")
+            )  # fmt: skip
+    columns = [("packed",), ("trainer",), ("tokens a CPU second",), ("× TRL's", ".2f"), ("peak memory",)]
+    return markdown_table(columns, sorted(rows, key=lambda row: row[0]))
+
+
 def _estimators_cells(budget: int, cells: list[dict], config: dict) -> tuple[str, ...]:
     found = {(c["estimator"], c["setting"]): c for c in cells if c["budget"] == budget}
 

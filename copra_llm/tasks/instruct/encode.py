@@ -149,8 +149,6 @@ class Encoder:
 def _covered(offsets: list[tuple[int, int]], spans: tuple[tuple[int, int], ...]) -> np.ndarray:
     """Which tokens hold a character of a span `(n,)`; offsets and spans count characters."""
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T  # (n,) each
-    # A token that stands for no character (a word's beginning, in some vocabularies) belongs to the next one.
-    ends = np.maximum(ends, starts + 1)
     covered = np.zeros(len(starts), bool)
     for first, last in spans:
         covered |= (ends > first) & (starts < last)
@@ -160,8 +158,8 @@ def _covered(offsets: list[tuple[int, int]], spans: tuple[tuple[int, int], ...])
 def _untrimmed(tokenizer):
     """The tokenizer's core, without what it does after the tokens are found.
 
-    That adds special tokens, which chat templates write themselves, and may trim offsets to what is no white space,
-    so that a line break would belong to no part of the text.
+    That adds special tokens, which chat templates write themselves, and may take spaces off the offsets, so that a
+    token of spaces would belong to no part of the text.
     """
     from tokenizers import Tokenizer
 

@@ -10,6 +10,7 @@ A source is a file, a folder or a Hub id, alone or with a weight (`path:0.5`); a
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,7 +29,7 @@ class Source:
     """Where records come from."""
 
     path: str
-    """A file, a folder or a Hub id."""
+    """A file, a folder or a Hub id; `$VARIABLES` and `~` stand for what they mean."""
     weight: float = 1.0
     """How often an epoch reads each record, see `mixture`."""
     format: str | None = None
@@ -146,8 +147,11 @@ class Reader:
 
 
 def _rows(source: Source):
-    path = Path(source.path)
-    if path.is_dir() or (not path.exists() and _is_hub_id(source.path)):
+    # Variables and ~, so that a plan or a record names no machine's folders.
+    path = Path(os.path.expandvars(source.path)).expanduser()
+    if path.is_dir():
+        return dataset_rows(str(path), source.name, source.split)
+    if not path.exists() and _is_hub_id(source.path):
         return dataset_rows(source.path, source.name, source.split)
     return file_rows(path)
 

@@ -4,9 +4,10 @@
     start = len(template(messages[:i], add_generation_prompt=True))      of assistant message i
     end   = len(template(messages[:i + 1]))                              without white space after the end-of-turn token
 
-Both prefixes must be beginnings of `text`; a template that rewrites earlier turns (drops their thinking, say) is
-refused, except for its last turn alone (`turns="last"`), which is exact. Where the template marks the assistant's
-parts itself (`{% generation %}`), the marks decide.
+Both prefixes must be beginnings of `text`, the second up to a token that ends the whole text; a template that rewrites
+earlier turns (drops their thinking, say) is refused, except for its last turn alone (`turns="last"`), which is exact.
+Where the template marks the assistant's parts itself (`{% generation %}`), the marks decide. What a template would
+leave out without a word is refused too.
 
 Source: "Chat templates" in the documentation of transformers.
 """
@@ -63,8 +64,8 @@ class ChatTemplate:
         """Whether the template marks what the assistant wrote."""
         self._tokens = tokenizer.special_tokens_map
         self._special = special_tokens(tokenizer)
-        self._marks = re.compile("|".join(map(re.escape, self._special)) or "(?!)")
-        self._parts = self._compile(chosen or "the tokenizer's chat template")
+        self._special_token = re.compile("|".join(map(re.escape, self._special)) or "(?!)")
+        self._parts = self._wants_parts(chosen or "the tokenizer's chat template")
 
     def render(self, conversation: Conversation) -> Rendered:
         """The conversation as the model reads it.
@@ -107,7 +108,7 @@ class ChatTemplate:
         after = text.rpartition(said)[2].strip()
         return next((token for token in self._special if after.startswith(token)), after)
 
-    def _compile(self, name: str) -> bool:
+    def _wants_parts(self, name: str) -> bool:
         """Whether the template wants contents in parts, as those of models that see do.
 
         Such a template writes nothing of a content that is one text, and often without a word.
@@ -159,9 +160,9 @@ class ChatTemplate:
             return end if through[:end].endswith(self._special) else len(through)
         # Some templates end a text, not a turn, with a token of its own: they still agree up to the end of the turn.
         common = len(os.path.commonprefix([text, through]))
-        ends = [match.end() for match in self._marks.finditer(through) if match.end() <= common]
+        ends = [match.end() for match in self._special_token.finditer(through) if match.end() <= common]
         end = ends[-1] if ends else 0
-        return 0 if self._marks.sub("", through[end:]).strip() else end
+        return 0 if self._special_token.sub("", through[end:]).strip() else end
 
     def _write(self, conversation: Conversation, messages, **options) -> tuple[str, list[tuple[int, int]]]:
         try:

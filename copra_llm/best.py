@@ -1,0 +1,95 @@
+"""Which adapter of a run had the least dev loss, and is it time to stop?
+
+Only evaluations after the ramp count: before it some layers' adapters have hardly been trained, and whether the loss
+rises or falls says nothing about where the run will end. What is best follows from the run's own list of evaluations,
+so nothing has to be saved for it but the adapter itself, in `best/` beside the checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from copra_llm.checkpoint import Progress, load_weights, save_adapter
+from copra_llm.results import write_atomic
+from copra_llm.settings import TrainSettings
+
+FOLDER, STEP = "best", "step.txt"
+"""In a run's folder; and in that one, the optimizer step it was taken after."""
+
+
+class BestAdapter:
+    """Keeps the best adapter while a run goes on.
+
+    Args:
+        accelerator: its main process writes.
+        folder: of the run.
+        settings: of the run; keeps nothing if they ask for nothing.
+        settled: whether the ramp has ended after so many steps.
+        progress: of the run; its evaluations are read.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        settings: TrainSettings,
+        settled: Callable[[int], bool],
+        progress: Progress,
+    ):
+        self.accelerator, self.folder, self.settings = accelerator, folder / FOLDER, settings
+        self.settled, self.progress = settled, progress
+        self._first = 0
+        # Of a run that goes on in another folder: what is not there any more cannot be the best.
+        if self.wanted and self.step is not None and self._kept() is None:
+            self._first = progress.step + 1
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the run ends with its best adapter."""
+        return self.settings.keeps_best
+
+    @property
+    def step(self) -> int | None:
+        """The step of the least loss; None before the first evaluation that counts."""
+        counted = self._counted()
+        return min(counted, key=lambda entry: entry[1])[0] if counted else None
+
+    def look(self, classifier) -> None:
+        """After an evaluation: keep this adapter if it is the best so far."""
+        if self.wanted and self.step == self.progress.step and self.accelerator.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            save_adapter(self.accelerator.unwrap_model(classifier), self.folder)
+            write_atomic(self.folder / STEP, f"{self.progress.step}\n")
+        self.accelerator.wait_for_everyone()
+
+    def exhausted(self) -> bool:
+        """Whether the last `early_stopping_patience` evaluations that count have all been worse than the best."""
+        patience = self.settings.early_stopping_patience
+        return patience is not None and sum(step > self.step for step, _ in self._counted()) >= patience
+
+    def restore(self, classifier) -> None:
+        """Give the model the best adapter, and remove its folder: the run's own will hold it."""
+        if self.wanted and self.step is not None:
+            load_weights(self.accelerator.unwrap_model(classifier), self.folder)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                shutil.rmtree(self.folder)
+
+    def _counted(self) -> list[tuple[int, float]]:
+        """(step, mean dev loss over the tasks) of the evaluations that count."""
+        found = []
+        for entry in self.progress.dev:
+            losses = [value for key, value in entry.items() if key.endswith("/loss")]
+            if self.settled(entry["step"]) and entry["step"] >= self._first:
+                loss = sum(losses) / len(losses)
+                found.append((entry["step"], math.inf if math.isnan(loss) else loss))
+        return found
+
+    def _kept(self) -> int | None:
+        file = self.folder / STEP
+        return int(file.read_text(encoding="utf-8")) if file.is_file() else None
