@@ -17,12 +17,14 @@ from copra_llm.choice_model import ChoiceModel, encode_pair
 from copra_llm.cli import main
 from copra_llm.coalitions import CoalitionGame
 from copra_llm.config import RunConfig
+from copra_llm.conversations import INSTRUCT
 from copra_llm.errors import InputError
 from copra_llm.evaluate import evaluate
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.interpolate import interpolate, line
 from copra_llm.models import add_adapter, load_base
 from copra_llm.tasks.choices import choice_task_names, get_choice_task, load_choices, read_choices
+from copra_llm.tasks.mtl15 import task_names
 from copra_llm.variants import figure_variants, variants_record
 
 CHOOSE = "Please choose the correct answer to the question: "
@@ -55,7 +57,7 @@ RECORDS = {
         blank("_ was late, so the film began without him.", "Paul", "George", 2),
         blank("Anna gave it to Maria, for _ had asked.", "Anna", "Maria", 2),
     ],
-    "boolq": [
+    "boolq_closed": [
         {"instruction": "Please answer the following question with true or false, question: is it long?\n\n"
          "Answer format: true/false", "input": "", "output": "", "answer": answer}
         for answer in ("true", "false")
@@ -123,7 +125,7 @@ def test_question_and_choices_are_read_out_of_the_instruction(root):
     trophy = load_choices(get_choice_task("winogrande"), "test", root)[0]
     assert trophy.pairs == (("The trophy is not in the case because trophy", " is too big."),
                             ("The trophy is not in the case because the old case", " is too big."))  # fmt: skip
-    yes, no = load_choices(get_choice_task("boolq"), "test", root)
+    yes, no = load_choices(get_choice_task("boolq_closed"), "test", root)
     assert yes.pairs == (("Question: is it long?\nAnswer:", " no"), ("Question: is it long?\nAnswer:", " yes"))
     assert (yes.label, no.label) == (1, 0)
 
@@ -344,3 +346,8 @@ def test_evaluations_are_not_trained_on_and_need_a_causal_model(config, tiny_ber
         ChoiceModel(load_base(config(model_name_or_path=str(tiny_bert)).model), torch.nn.Identity(), 128)
     with pytest.raises(InputError, match='there is no evaluation "sst2"'):
         build(config(), ["arc_easy", "sst2"], adapter=adapters[0], splits=("test",))
+
+
+def test_no_evaluation_has_the_name_of_another_task():
+    """One flag, `--task`, names them all."""
+    assert not set(choice_task_names()) & {*task_names(), INSTRUCT}

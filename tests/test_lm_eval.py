@@ -87,11 +87,11 @@ def test_its_own_command_gives_our_figures(root, tiny_llama, tmp_path, capsys):
     _, peft = adapted(str(tiny_llama))
     peft.save_pretrained(tmp_path / "adapter")
     assert main(["fold", str(tmp_path / "adapter"), "--output", str(tmp_path / "folded")]) == 0
-    names = ["arc_easy", "boolq", "winogrande"]
+    names = ["arc_easy", "boolq_closed", "winogrande"]
     limit = ["--data_root", str(root), "--max_eval_samples", "25"]
     assert main(["data", "lm-eval", *names, *limit, "--output", str(tmp_path / "tasks")]) == 0
     said = capsys.readouterr().out
-    assert f"--include_path {tmp_path / 'tasks'} --tasks copra_arc_easy,copra_boolq,copra_winogrande" in said
+    assert f"--include_path {tmp_path / 'tasks'} --tasks copra_arc_easy,copra_boolq_closed,copra_winogrande" in said
     ours = {}
     for name in names:
         record = tmp_path / f"{name}.json"

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--json", action="store_true", help="the same as JSON, with every broken record")
 
     tasks = actions.add_parser("lm-eval", help=LM_EVAL_HELP, description=LM_EVAL_HELP, allow_abbrev=False)
-    tasks.add_argument("tasks", nargs="+", metavar="TASK", help="arc_easy, boolq, ...")
+    tasks.add_argument("tasks", nargs="+", metavar="TASK", help="arc_easy, winogrande, ...")
     tasks.add_argument("--split", default="test", choices=("train", "dev", "test"))
     tasks.add_argument("--data_root", "--data-root", help="folder of the evaluations; unset: in $COPRA_DATA")
     tasks.add_argument("--max_eval_samples", "--max-eval-samples", type=int, help="of each, from the start; unset: all")
