@@ -57,7 +57,7 @@ RECORDS = {
         blank("_ was late, so the film began without him.", "Paul", "George", 2),
         blank("Anna gave it to Maria, for _ had asked.", "Anna", "Maria", 2),
     ],
-    "boolq_closed": [
+    "boolq": [
         {"instruction": "Please answer the following question with true or false, question: is it long?\n\n"
          "Answer format: true/false", "input": "", "output": "", "answer": answer}
         for answer in ("true", "false")
