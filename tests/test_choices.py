@@ -57,13 +57,13 @@ RECORDS = {
         blank("_ was late, so the film began without him.", "Paul", "George", 2),
         blank("Anna gave it to Maria, for _ had asked.", "Anna", "Maria", 2),
     ],
-    "boolq": [
+    "boolq_closed": [
         {"instruction": "Please answer the following question with true or false, question: is it long?\n\n"
          "Answer format: true/false", "input": "", "output": "", "answer": answer}
         for answer in ("true", "false")
     ],
 }  # fmt: skip
-FOLDERS = {"arc_easy": "ARC-Easy"}
+FOLDERS = {"arc_easy": "ARC-Easy", "boolq_closed": "boolq"}
 
 
 @pytest.fixture(scope="module")
