@@ -67,8 +67,8 @@ class ChoiceModel(Grading, nn.Module):
     def __init__(self, base: Base, model: nn.Module, max_length: int):
         super().__init__()
         if base.kind != "causal":
-            raise InputError(f"{base.source.name} is a {base.kind} model, but choices are scored by a causal language "
-                             "model; give one as --model_name_or_path")  # fmt: skip
+            raise InputError(f"{base.source.name} is of the kind {base.kind}, but choices are scored by a causal "
+                             "language model; give one as --model_name_or_path")  # fmt: skip
         self.model = model
         self.tokenizer = base.tokenizer
         self.max_length = max_length

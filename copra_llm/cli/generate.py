@@ -32,9 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    _check_flags(args)
-    records = _records(args)
-
     from copra_llm.adapters import adapter_folder, load_adapter_weights
     from copra_llm.evaluate import load_metrics
     from copra_llm.generate import check_lengths, generate, metric_path, prompts_of, stop_of
@@ -44,15 +41,18 @@ def run(args: argparse.Namespace) -> int:
     from copra_llm.tasks.instruct.records import Text
 
     started = time.time()
+    _check_flags(args)
+    records = _records(args)
     metrics = load_metrics([metric_path(name) for name in args.metrics])
     config = read_run(args.adapter).config
     base_name = args.model_name_or_path or load_adapter_weights(args.adapter).named_base()
     config = config.replace(model_name_or_path=base_name)
     base = load_base(config.model)
     if base.kind != "causal":
-        raise InputError(f"{base_name} is a {base.kind} model, which does not go on with a text; give a causal one")
-    template = args.chat_template or (config.instruct.chat_template if config.instruct else None)
-    encoder = Encoder(base.tokenizer, template)
+        raise InputError(f"{base_name} is of the kind {base.kind}, which does not go on with a text; give a causal one")
+    if args.chat_template is None and config.instruct is not None:
+        args.chat_template = config.instruct.chat_template
+    encoder = Encoder(base.tokenizer, args.chat_template)
     prompts = prompts_of(encoder, records)
     _check_references(args, prompts)
     check_lengths(prompts, base.model, args.max_new_tokens)
