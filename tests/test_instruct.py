@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +257,26 @@ def test_accumulated_tokens_count_alike(config, tmp_path):
     for name, f in weights[0].factors.items():
         # Adam's first step is the sign of the gradient times the rate; rounding may move entries whose gradient is ~0.
         torch.testing.assert_close(f.lora_B, weights[1].factors[name].lora_B, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_does(tiny_llama, data, tmp_path):
+    """Two processes of a micro-batch each take the step of one with two, bit for bit: a token counts alike anywhere."""
+    recipe = Path(__file__).resolve().parents[1] / "recipes" / "train_instruct.py"
+    flags = [f"--{key}={value}" for key, value in BASE.items() if key not in ("lora_target_modules", "checkpoint_at")]
+    flags += [f"--model_name_or_path={tiny_llama}", f"--dataset_name={data}", "--max_grad_norm=0"]
+    for name, launch, accumulate in (
+        ("one", [], 2),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 1),
+    ):
+        own = [f"--gradient_accumulation_steps={accumulate}", f"--output_dir={tmp_path / name}"]
+        command = [sys.executable, *launch, str(recipe), *flags, *own]
+        done = subprocess.run(command, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read_result(tmp_path / name / "result.json") for name in ("one", "two"))
+    assert (one.environment["world_size"], two.environment["world_size"]) == (1, 2)
+    file = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
 def test_checkpointed_activations_change_nothing(config, tmp_path):
