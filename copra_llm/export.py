@@ -20,11 +20,11 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from copra_llm.adapters import AdapterWeights, adapter_folder, load_adapter_weights
-from copra_llm.config import ModelSettings
 from copra_llm.errors import InputError
 from copra_llm.gguf import quiet_loading
 from copra_llm.models import base_config, dtype_of, kind_of, load_adapter, load_base
 from copra_llm.results import atomic_folder
+from copra_llm.settings import ModelSettings
 
 MAX_SHARD_SIZE = "5GB"
 
