@@ -28,12 +28,12 @@ from transformers import (
 )
 
 from copra_llm.callback import CopRACallback
-from copra_llm.config import LoraSettings, ModelSettings
 from copra_llm.errors import InputError
 from copra_llm.gates import LayerGates
 from copra_llm.masks import sample_mask
 from copra_llm.models import add_adapter, load_base
 from copra_llm.schedule import METHODS, Schedule
+from copra_llm.settings import LoraSettings, ModelSettings
 
 trl = pytest.importorskip("trl", reason="needs the extra trl: pip install copra_llm[trl]")
 # The name that TRL's settings still give a default of their own.

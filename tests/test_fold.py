@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from copra_llm.adapters import load_adapter_weights
 from copra_llm.cli import main
-from copra_llm.config import LoraSettings, ModelSettings
 from copra_llm.models import PACKAGED, add_adapter, load_base
+from copra_llm.settings import LoraSettings, ModelSettings
 
 IDS = torch.arange(4, 4 + 2 * 9).view(2, 9)
 CLOSE = 2e-5
