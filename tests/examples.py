@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from copra_llm.gates import base_name
 from copra_llm.models import add_adapter, load_base
 from copra_llm.settings import LoraSettings, ModelSettings
 
+REAL_DATA = Path(os.environ.get("COPRA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "datasets"))
+"""The data sets that lie beside the project where it is developed; tests that need them say so where they are not."""
 BASE = "owner/blocks"
 SHAPES = {"q_proj": (8, 6), "v_proj": (4, 6), "o_proj": (6, 8)}
 """Linear layers of a block: (out, in)."""

@@ -231,7 +231,7 @@ def test_rouge_l():
 
 def test_rouge_l_is_rouge_scores(run):
     """Against the published package, where it is installed (with the extra lm-eval)."""
-    rouge_score = pytest.importorskip("rouge_score.rouge_scorer", reason="needs the extra lm-eval")
+    rouge_score = pytest.importorskip("rouge_score.rouge_scorer", reason="needs rouge-score")
     scorer = rouge_score.RougeScorer(["rougeL"], use_stemmer=False)
     for a, b in [
         ("The film was long, and dull.", "A long film; it was dull!"),

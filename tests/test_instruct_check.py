@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
+from examples import REAL_DATA
 
 from copra_llm.cli import main
 from copra_llm.tasks.instruct.check import summary
 
-REAL_DATA = Path(os.environ.get("COPRA_DATA", "no-such-folder")) / "instruct"
+INSTRUCT = REAL_DATA / "instruct"
 ROW = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 
 
@@ -144,12 +144,12 @@ def test_bad_input(flags, said, tmp_path, capsys, monkeypatch):
     assert code == 2 and printed == "" and said in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the data of $COPRA_DATA/instruct are not here")
+@pytest.mark.skipif(not INSTRUCT.is_dir(), reason=f"{INSTRUCT} is not there; COPRA_TEST_DATA names its parent")
 def test_real_data_are_recognised_and_whole(capsys):
     """Every published set that is here: its format, and no record that is broken."""
-    files = sorted(REAL_DATA.rglob("*.jsonl"))
+    files = sorted(INSTRUCT.rglob("*.jsonl"))
     code, said, _ = check(capsys, *files, "--json")
     found = json.loads(said)
     assert code == 0 and found["records"]["broken"] == 0 and found["records"]["read"] > 20_000
-    formats = {Path(s["path"]).relative_to(REAL_DATA).parts[0]: s["format"] for s in found["sources"]}
+    formats = {Path(s["path"]).relative_to(INSTRUCT).parts[0]: s["format"] for s in found["sources"]}
     assert formats == {"alpaca": "alpaca", "commonsense": "alpaca", "gsm8k": "question_answer", "superni": "alpaca"}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
+from examples import REAL_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruct_templates import (
@@ -32,7 +31,7 @@ from copra_llm.tasks.instruct.named import NAMED
 from copra_llm.tasks.instruct.records import Broken, Text
 from copra_llm.tasks.instruct.sources import Reader, Source, strict
 
-REAL_DATA = Path(os.environ.get("COPRA_DATA", "no-such-folder")) / "instruct"
+INSTRUCT = REAL_DATA / "instruct"
 TALK = [("user", "Hi"), ("assistant", "Hello."), ("user", "And?"), ("assistant", "Bye.")]
 
 
@@ -375,11 +374,11 @@ def test_a_batch_is_its_records_one_by_one(encoder, tokenizer):
 # --- real data --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the data of $COPRA_DATA/instruct are not here")
+@pytest.mark.skipif(not INSTRUCT.is_dir(), reason=f"{INSTRUCT} is not there; COPRA_TEST_DATA names its parent")
 @pytest.mark.parametrize("name", ["alpaca", "gsm8k", "commonsense/boolq", "superni/task591_sciq_answer_generation"])
 def test_real_answers_are_what_is_trained(name, encoder, tokenizer):
     """Of every record: its answer and the end of turn, apart from white space that is one token with the header's."""
-    records = list(strict(Reader(Source(str(REAL_DATA / name / "test.jsonl")))))
+    records = list(strict(Reader(Source(str(INSTRUCT / name / "test.jsonl")))))
     assert len(records) >= 100
     for record, example in zip(records, strict(encoder("").stream(records)), strict=True):
         (run,) = trained_runs(example, tokenizer)

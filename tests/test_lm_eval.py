@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from examples import REAL_DATA
 
 from copra_llm.choice_model import ChoiceModel, encode_pair
 from copra_llm.cli import main
 from copra_llm.config import RunConfig
 from copra_llm.models import add_adapter, load_base
-from copra_llm.paths import data_root
 from copra_llm.tasks.choices import choice_task_names, get_choice_task, load_choices
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
@@ -26,9 +25,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def root() -> Path:
-    if "COPRA_DATA" not in os.environ:
-        pytest.skip("needs $COPRA_DATA with instruct/commonsense")
-    return data_root(None, "instruct/commonsense")
+    folder = REAL_DATA / "instruct" / "commonsense"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; COPRA_TEST_DATA names the folder above instruct")
+    return folder
 
 
 def adapted(base: str):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import string
@@ -13,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from examples import REAL_DATA
 
 from copra_llm.errors import InputError
 from copra_llm.paths import SAMPLE
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_FOLDER = Path(mtl15.__file__).parent / "mtl15_sample"
 SAMPLE_TASKS = ("agnews", "boolq", "mnli", "qqp", "sst2", "wic")
 SAMPLE_SIZES = {"train": 120, "dev": 30, "test": 60}
-REAL_DATA = Path(os.environ.get("COPRA_TEST_DATA", ROOT.parent / "shared" / "datasets")) / "mtl15"
+MTL15 = REAL_DATA / "mtl15"
 
 # One published row a task: all its columns, and the label and texts it has to become here.
 # Columns and labels are those of the data sets' cards; they are repeated by hand, not read from mtl15.yaml.
@@ -361,18 +361,18 @@ def test_failed_prepare_leaves_the_older_folder(prepare, monkeypatch, folder, ca
 # --- the real data, where they are
 
 needs_real_data = pytest.mark.skipif(
-    not REAL_DATA.is_dir(), reason=f"{REAL_DATA} is absent; set COPRA_TEST_DATA to a folder that holds mtl15/"
+    not MTL15.is_dir(), reason=f"{MTL15} is absent; set COPRA_TEST_DATA to a folder that holds mtl15/"
 )
 
 
 @needs_real_data
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_real_data_loads(name):
-    described = json.loads((REAL_DATA / "tasks.json").read_text(encoding="utf-8"))[name]
+    described = json.loads((MTL15 / "tasks.json").read_text(encoding="utf-8"))[name]
     task = get_task(name)
     assert list(task.labels) == described["labels"]
     assert list(task.fields) == described["fields"]
-    examples = {split: load_split(task, split, REAL_DATA) for split in SPLITS}
+    examples = {split: load_split(task, split, MTL15) for split in SPLITS}
     assert {split: len(found) for split, found in examples.items()} == described["sizes"]
     assert {e.label for e in examples["train"]} == set(range(len(task.labels)))
     first = examples["test"][0]
@@ -381,5 +381,5 @@ def test_real_data_loads(name):
 
 @needs_real_data
 def test_real_data_pass_the_check(prepare, capsys):
-    assert prepare.main(["--check", str(REAL_DATA)]) == 0
+    assert prepare.main(["--check", str(MTL15)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(PUBLISHED)
