@@ -15,11 +15,10 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from copra_llm.checkpoint import Progress, load_weights, save_adapter
-from copra_llm.results import write_atomic
 from copra_llm.settings import TrainSettings
 
-FOLDER, STEP = "best", "step.txt"
-"""In a run's folder; and in that one, the optimizer step it was taken after."""
+FOLDER = "best"
+"""In a run's folder."""
 
 
 class BestAdapter:
@@ -45,7 +44,7 @@ class BestAdapter:
         self.settled, self.progress = settled, progress
         self._first = 0
         # Of a run that goes on in another folder: what is not there any more cannot be the best.
-        if self.wanted and self.step is not None and self._kept() is None:
+        if self.wanted and self.step is not None and not self.folder.is_dir():
             self._first = progress.step + 1
 
     @property
@@ -62,9 +61,7 @@ class BestAdapter:
     def look(self, classifier) -> None:
         """After an evaluation: keep this adapter if it is the best so far."""
         if self.wanted and self.step == self.progress.step and self.accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
             save_adapter(self.accelerator.unwrap_model(classifier), self.folder)
-            write_atomic(self.folder / STEP, f"{self.progress.step}\n")
         self.accelerator.wait_for_everyone()
 
     def exhausted(self) -> bool:
@@ -89,7 +86,3 @@ class BestAdapter:
                 loss = sum(losses) / len(losses)
                 found.append((entry["step"], math.inf if math.isnan(loss) else loss))
         return found
-
-    def _kept(self) -> int | None:
-        file = self.folder / STEP
-        return int(file.read_text(encoding="utf-8")) if file.is_file() else None
