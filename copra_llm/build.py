@@ -59,9 +59,7 @@ def build(
     _check_names(tasks)
     chosen = [get_task(name) for name in tasks]
     examples = {split: {task.name: load_examples(config, task, split) for task in chosen} for split in splits}
-    start = None
-    if adapter is None and config.part.init_adapter is not None:
-        start = load_adapter_weights(config.part.init_adapter)
+    start = _start(config, adapter)
     base = load_base(config.model)
     heads = {}
     if base.kind == "encoder":
@@ -69,12 +67,7 @@ def build(
         if start is not None:
             heads = {key.removesuffix(".weight"): head for key, head in start.heads.items()}
         heads |= {t.name: fixed_head(base, t, config.data) for t in chosen if t.name not in heads}
-    if adapter is None:
-        model = add_adapter(base, config.lora, config.train.seed_of("init"))
-        if start is not None:
-            start_from(model, start, config.lora.scaling)
-    else:
-        model = load_adapter(base, adapter)
+    model = _attached(base, config, adapter, start)
     classifier = build_classifier(
         base, model, chosen, max_length=config.data.max_length, heads=heads, train_head=config.data.train_head
     )
@@ -93,17 +86,12 @@ def _check_names(tasks: list[str]) -> None:
 
 
 def _build_conversations(config: RunConfig, adapter: Path | None, splits: tuple[str, ...]) -> Workbench:
-    conversations = read_conversations(config, splits)
+    records, start = read_conversations(config, splits), _start(config, adapter)
     base = load_base(config.model)
-    encoded, counts = encode_conversations(conversations, base.tokenizer, config)
+    encoded, counts = encode_conversations(records, base.tokenizer, config)
     if config.instruct.packing and "train" in splits:
         refuse_leaking_packs(base)
-    if adapter is None:
-        model = add_adapter(base, config.lora, config.train.seed_of("init"))
-        if config.part.init_adapter is not None:
-            start_from(model, load_adapter_weights(config.part.init_adapter), config.lora.scaling)
-    else:
-        model = load_adapter(base, adapter)
+    model = _attached(base, config, adapter, start)
     return Workbench(base, LanguageModel(base, model), [InstructTask(*config.data.tasks)], encoded, counts)
 
 
@@ -122,6 +110,23 @@ def _build_choices(config: RunConfig, tasks: list[str], adapter: Path | None, sp
         n, cut = map(sum, zip(*((len(e), sum(c.cut for c in e.encoded)) for e in encoded[split].values()), strict=True))
         counts[split] = Counts(read=n, kept=n, cut=cut)
     return Workbench(base, model, chosen, encoded, counts)
+
+
+def _start(config: RunConfig, adapter: Path | None) -> AdapterWeights | None:
+    """What a fresh adapter starts from, if the settings name something."""
+    if adapter is not None or config.part.init_adapter is None:
+        return None
+    return load_adapter_weights(config.part.init_adapter)
+
+
+def _attached(base: Base, config: RunConfig, adapter: Path | None, start: AdapterWeights | None) -> PeftModel:
+    """The base with the saved adapter, or with a fresh one."""
+    if adapter is not None:
+        return load_adapter(base, adapter)
+    model = add_adapter(base, config.lora, config.train.seed_of("init"))
+    if start is not None:
+        start_from(model, start, config.lora.scaling)
+    return model
 
 
 def fixed_head(base: Base, task: Task, settings: DataSettings) -> Tensor:

@@ -43,16 +43,8 @@ def asks_conversations(config: RunConfig, tasks: list[str]) -> bool:
     return tasks == [INSTRUCT] or (config.instruct is not None and tasks == config.data.tasks)
 
 
-@dataclass(frozen=True)
-class Conversations:
-    """The records of each split, read but not tokenised."""
-
-    records: dict[str, list[Record]]
-    """`{split: records}`."""
-
-
-def read_conversations(config: RunConfig, splits: Iterable[str]) -> Conversations:
-    """Read the records of some splits.
+def read_conversations(config: RunConfig, splits: Iterable[str]) -> dict[str, list[Record]]:
+    """`{split: records}` of those splits that have any, not tokenised yet.
 
     Raises:
         InputError: for a source that cannot be read, a broken record, too few records to hold some out, or if none of
@@ -79,11 +71,11 @@ def read_conversations(config: RunConfig, splits: Iterable[str]) -> Conversation
             records["dev"] = _first(dev, config.data.max_eval_samples)
     if not records:
         raise InputError("there are no test data: the run named none; give --test_dataset_name, or --split dev")
-    return Conversations(records)
+    return records
 
 
 def encode_conversations(
-    conversations: Conversations, tokenizer, config: RunConfig
+    conversations: dict[str, list[Record]], tokenizer, config: RunConfig
 ) -> tuple[dict[str, dict[str, EncodedSplit]], dict[str, Counts]]:
     """Tokenise the records; fill rows if the run packs.
 
@@ -96,7 +88,7 @@ def encode_conversations(
     settings, task = config.instruct, InstructTask(*config.data.tasks)
     encoder = Encoder(tokenizer, settings.chat_template, settings.turns)
     splits, counts = {}, {}
-    for split, records in conversations.records.items():
+    for split, records in conversations.items():
         counts[split] = Counts()
         stream = encoder.stream(counted(records, counts[split]))
         examples = list(strict(fit(stream, counts[split], config.data.max_length, settings.too_long)))
