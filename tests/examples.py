@@ -163,3 +163,12 @@ def save_run(folder: Path, method: str, seed: int, early: float | None = None, *
         factors = {n: dataclasses.replace(f, lora_B=early * f.lora_B) for n, f in adapter.factors.items()}
         save_adapter_weights(adapter.with_factors(factors, "early"), folder / "checkpoint-2")
     return folder
+
+
+def save_runs(folder: Path) -> Path:
+    """Two methods, two seeds, and one run more of another learning rate."""
+    for method, early in (("copra", 0.25), ("lora", 0.75)):
+        for seed in (0, 1):
+            save_run(folder / method / f"run-{seed}", method, seed, early)
+    save_run(folder / "lora" / "run-fast", "lora", 2, learning_rate=0.1)
+    return folder

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from examples import save_run
+from examples import save_run, save_runs
 
 from copra_llm.errors import InputError
 from copra_llm.results import Result, write_result
@@ -15,13 +15,7 @@ from copra_llm.saved_runs import SavedRun, best_on_dev, find_runs, read_run, rep
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Two methods, two seeds, and one run more of another learning rate."""
-    folder = tmp_path_factory.mktemp("runs")
-    for method, early in (("copra", 0.25), ("lora", 0.75)):
-        for seed in (0, 1):
-            save_run(folder / method / f"run-{seed}", method, seed, early)
-    save_run(folder / "lora" / "run-fast", "lora", 2, learning_rate=0.1)
-    return folder
+    return save_runs(tmp_path_factory.mktemp("runs"))
 
 
 def test_runs_are_found_with_their_settings_and_checkpoints(runs):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from examples import MODULES, peft_adapter, random_adapter, save_run
+from examples import MODULES, peft_adapter, random_adapter, save_run, save_runs
 
 from copra_llm.adapters import AdapterWeights, LoraFactors, save_adapter_weights
 from copra_llm.cli import main
@@ -186,13 +186,7 @@ def test_without_scikit_learn_it_is_named(monkeypatch):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Two methods, two seeds, and one run more of another learning rate."""
-    folder = tmp_path_factory.mktemp("runs")
-    for method, early in (("copra", 0.25), ("lora", 0.75)):
-        for seed in (0, 1):
-            save_run(folder / method / f"run-{seed}", method, seed, early)
-    save_run(folder / "lora" / "run-fast", "lora", 2, learning_rate=0.1)
-    return folder
+    return save_runs(tmp_path_factory.mktemp("runs"))
 
 
 def test_a_record_holds_places_cosines_and_distances(runs):
