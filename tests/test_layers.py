@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
     ["settings", "config", "yaml_file", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates"]
-    + ["errors", "answer_scores", "metrics"],
+    + ["errors", "answer_scores", "answer_metric", "metrics"],
     ["adapters", "gates", "gguf", "quantised_base", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
     + ["packing", "linear_loss", "language_model", "choice_model", "conversations"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
