@@ -28,6 +28,13 @@ def pair(
     return Result("interpolation", config, metrics, data={"alpha": [0.0, 0.5, 1.0], "correct": rows})
 
 
+def made_even(share: float, seed: int) -> Result:
+    """The record of an adapter trained by a cosine ramp, the top third of whose layers holds this share."""
+    config = {"model_name_or_path": "minilm", "task": "sst2", "split": "dev", "metric": "loss", "method": "copra",
+              "variant": "cosine", "learning_rate": 0.004, "max_steps": 300, "seed": seed}  # fmt: skip
+    return Result("shapley", config, {"dev/sst2/top_third_share": share})
+
+
 SUITE = [
     pair(task, method, rule, (80, 80 - drop, 90))
     for task, shift in (("sst2", 0), ("rte", 2))
@@ -92,10 +99,13 @@ def test_schedules_are_compared_with_lora_by_pairs_of_seeds():
     seeds = [(0, 1), (0, 2), (1, 2)]
     lora = [pair("sst2", "lora", "fusion", (80, 70 + i, 80), s) for i, s in enumerate(seeds)]
     cosine = [pair("sst2", "copra", "fusion", (80, 75 + i, 80), s, variant="cosine") for i, s in enumerate(seeds)]
-    first, second = (cells(line) for line in schedules_table([*cosine, *lora]).splitlines()[2:])
+    shares = [made_even(0.5 + i / 10, seed=i) for i in range(3)]
+    first, second = (cells(line) for line in schedules_table([*cosine, *lora, *shares]).splitlines()[2:])
     assert first[2] == "LoRA" and first[7] == "–" and first[5] == "71.0"
     # Five points in every pair: no spread, whatever the seeds.
     assert second[2] == "cosine" and second[7] == "5.0 [5.0, 5.0]"
+    # Mean 0.6 and deviation 0.1 of three adapters: 4.303 * 0.1 / sqrt(3) to both sides.
+    assert (first[11], second[11]) == ("–", "0.60 [0.35, 0.85]")
 
 
 def test_spread_is_the_deviation_over_seeds():

@@ -28,6 +28,7 @@ ENTRIES = {
     "points": {"fusion": 3},
     "settings": {"lora_r": 2, "max_length": 32, "max_train_samples": 16, "max_eval_samples": 8, "checkpoint_at": []},
 }
+KINDS = ("train", "interpolation", "merge_over_steps", "shapley")
 
 
 def sweep(**changes) -> Sweep:
@@ -77,15 +78,15 @@ def test_the_committed_plan_is_read():
 def swept(tiny_bert, tmp_path_factory) -> tuple[Sweep, Path, Path]:
     """A sweep with a curve along the run, done once: the sweep, its results and its work."""
     folder = tmp_path_factory.mktemp("sweep")
-    plan = sweep(model=str(tiny_bert), fractions=[0.5, 1.0])
+    plan = sweep(model=str(tiny_bert), fractions=[0.5, 1.0], shapley_samples=8)
     run_sweep(plan, folder / "results", folder / "work", "sample", lambda text: None, workers=1)
     return plan, folder / "results", folder / "work"
 
 
 def test_every_run_pair_and_curve_leaves_a_record(swept):
     records = find_results([swept[1]])
-    count = {kind: sum(r.protocol == kind for r in records) for kind in ("train", "interpolation", "merge_over_steps")}
-    assert count == {"train": 2 * 2, "interpolation": 2, "merge_over_steps": 2}
+    count = {kind: sum(r.protocol == kind for r in records) for kind in KINDS}
+    assert count == {"train": 2 * 2, "interpolation": 2, "merge_over_steps": 2, "shapley": 2 * 2}
     assert {r.config.get("variant") for r in records} == {None, "cosine"}
     labels = {r.config["label"] for r in records if r.protocol == "interpolation"}
     assert labels == {"copra", "cosine"}

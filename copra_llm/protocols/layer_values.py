@@ -172,6 +172,11 @@ def run_plan(
     run_jobs(jobs, workers, say)
 
 
+def record_file(results: Path, run: str, metric: str, granularity: str = "layer") -> Path:
+    """Where the values of a run's adapter are kept, by the name of the run."""
+    return results / f"{granularity}-{metric}-{run}.json"
+
+
 def adapters_records(
     chosen: Sequence[SavedRun],
     plan: Plan,
@@ -180,12 +185,13 @@ def adapters_records(
     task: str,
     data_root: str | None,
     say: Callable[[str], None],
+    variant: str | None = None,
 ) -> None:
-    """The missing records of some runs of one task and method, on one loaded model."""
+    """The missing records of some runs of one task and method (or variant of it), on one loaded model."""
     evaluator = None
     for run in chosen:
         name = run.folder.name
-        paths = {metric: results / f"{plan.granularity}-{metric}-{name}.json" for metric in plan.metrics}
+        paths = {metric: record_file(results, name, metric, plan.granularity) for metric in plan.metrics}
         missing = [metric for metric, path in paths.items() if not path.is_file()]
         if not missing:
             continue
@@ -204,7 +210,7 @@ def adapters_records(
             game, ledger, metrics=missing, estimator=plan.estimator, budget=plan.budget, settings=settings
         ):
             path = paths[record.config["metric"]]
-            write_result(path, portable(record))
+            write_result(path, portable(record, variant))
             share = record.metrics[f"{plan.split}/{task}/top_third_share"]
             say(f"{path}: the top third holds {100 * share:.0f} % in {record.seconds:.0f} s")
 

@@ -28,10 +28,11 @@ from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.interpolate import line
 from copra_llm.merge import check_line, merge
 from copra_llm.protocols.jobs import Job, run_jobs
+from copra_llm.protocols.layer_values import DEFAULT_BUDGET, Plan, adapters_records, record_file
 from copra_llm.protocols.plans import check_runs, need_entries
 from copra_llm.protocols.runs import Run, Store, portable
 from copra_llm.results import Result, pack_bits, peak_memory_bytes, write_result
-from copra_llm.saved_runs import step_at
+from copra_llm.saved_runs import read_run, step_at
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Sweep:
     """What all runs share, by the flags' names."""
     fractions: list[float] = dataclasses.field(default_factory=list)
     """Parts of a run after which its checkpoint is merged; none: no curve along the run."""
+    shapley_samples: int = 0
+    """Dev examples on which the layers' Shapley values are computed, in loss; 0: they are not."""
 
     def __post_init__(self):
         need_entries(self, "tasks", "variants", "seeds", "learning_rate", "max_steps")
@@ -107,6 +110,28 @@ def _cell(store: Store, sweep: Sweep, run: Run) -> None:
     if sweep.fractions:
         along_runs(store, run, sweep.seeds, sweep.fractions, list(sweep.points))
     store.lines(run, sweep.seeds, sweep.points)
+    if sweep.shapley_samples:
+        _layer_values(store, sweep, run)
+
+
+def _layer_values(store: Store, sweep: Sweep, run: Run) -> None:
+    """Shapley values of every seed's layers in loss; exact where their number allows it."""
+    config, results = run.config, store.results / run.place
+    runs = [run.replace(seed=seed) for seed in sweep.seeds]
+    missing = [r for r in runs if not record_file(results, r.name, "loss").is_file()]
+    if not missing:
+        return
+    for r in missing:
+        store.train(r, adapter_wanted=True)
+    plan = Plan(
+        tasks=config.data.tasks, methods=[config.schedule.method], seeds=sweep.seeds, metrics=["loss"],
+        budget=DEFAULT_BUDGET, max_eval_samples=sweep.shapley_samples,
+        per_device_eval_batch_size=config.train.per_device_eval_batch_size,
+    )  # fmt: skip
+    adapters_records(
+        [read_run(store.folder(r)) for r in missing], plan, results, store.work / "evaluations" / run.place,
+        config.data.tasks[0], config.data.data_root, store.say, run.variant,
+    )  # fmt: skip
 
 
 def along_runs(store: Store, run: Run, seeds: list[int], fractions: list[float], methods: list[str]) -> None:

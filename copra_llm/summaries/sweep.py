@@ -13,6 +13,7 @@ from copra_llm.figures.groups import Group, rank
 from copra_llm.figures.merged import merged_groups
 from copra_llm.figures.pairs import drop_estimate, mean_metric, metric_difference, single_metric
 from copra_llm.figures.runs import along_steps, run_groups, same_steps, spread, step_groups
+from copra_llm.figures.shapley import mean_evenness, shapley_groups
 from copra_llm.report.tables import markdown_table
 from copra_llm.results import Result
 
@@ -33,9 +34,13 @@ def sweep_table(results: Iterable[Result]) -> str:
 
 
 def schedules_table(results: Iterable[Result]) -> str:
-    """Markdown: a row a variant: single, fused, the drop, fused minus LoRA's, and the stability over seeds."""
+    """Markdown, a row a variant: single, fused, the drop, fused minus LoRA's, stability over seeds, evenness of layers.
+
+    The top third's share is that of Shapley values in loss.
+    """
     results = list(results)
     cells, runs = _fused(results), {_cell(g): g.records for g in run_groups(results)}
+    values = {_cell(g): g.records for g in shapley_groups(results) if g.values[0] == "loss"}
     rows = []
     for (model, task, variant, steps, rate), g in cells.items():
         lora = cells.get((model, task, "LoRA", steps, rate))
@@ -46,11 +51,12 @@ def schedules_table(results: Iterable[Result]) -> str:
             metric_difference(g.records, lora.records, "accuracy@0.5") if lora and lora is not g else None,
             mean_metric(g.records, "loss@0.5"),
             *(None if math.isnan(value) else f"{100 * value:.0f} %" for value in spreads),
+            mean_evenness(values.get(_cell(g), []), "top_third_share"),
         ))  # fmt: skip
     columns = [
         ("model",), ("task",), ("variant",), ("lr, steps",), ("single acc.", ".1f"), ("fused acc.", ".1f"),
         ("drop when fused", ".1f"), ("fused acc. minus LoRA's", ".1f"), ("fused loss", ".2f"), ("spread of loss",),
-        ("spread of gradient norm",),
+        ("spread of gradient norm",), ("top third's share", ".2f"),
     ]  # fmt: skip
     return markdown_table(columns, rows)
 
