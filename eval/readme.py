@@ -16,10 +16,17 @@ import yaml
 
 from copra_llm.report import connectivity_table, find_results, plot_curves, step_time_table
 from copra_llm.results import Result, write_atomic
+from copra_llm.summaries.instruct import learning_table, plot_learning, skills_table
 from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
 from copra_llm.summaries.landscape_plots import draw
 from copra_llm.summaries.mtl15 import suite_table
-from copra_llm.summaries.pruning import plot_pruning, pruning_details, pruning_table, structured_table
+from copra_llm.summaries.pruning import (
+    plot_pruning,
+    pruning_details,
+    pruning_loss_table,
+    pruning_table,
+    structured_table,
+)
 from copra_llm.summaries.shapley import shapley_details, shapley_table
 from copra_llm.summaries.speed import coalitions_table, estimators_table, instruct_table, merging_table
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
@@ -81,7 +88,13 @@ PAGES = {
         "plane": (plane_table, "landscape"),
         "similarity": (similarity_table, "landscape"),
     },
-    EVAL / "instruct" / "README.md": {"instruct": (connectivity_table, "instruct")},
+    EVAL / "instruct" / "README.md": {
+        "learning": (learning_table, "instruct"),
+        "instruct": (connectivity_table, "instruct"),
+        "skills": (skills_table, "instruct"),
+        "instruct_pruned": (pruning_loss_table, "instruct"),
+        "instruct_pruned_accuracy": (pruning_table, "instruct"),
+    },
     EVAL / "shapley" / "README.md": {"shapley_details": (shapley_details, "shapley")},
     EVAL / "speed" / "README.md": {
         "merging": (merging_table, "speed"),
@@ -123,6 +136,8 @@ def main() -> int:
         plot_curves(fused, EVAL / folder / "curves")
     if pruned := records_of("pruning"):
         plot_pruning(pruned, EVAL / "pruning" / "curves")
+    if trained := records_of("instruct"):
+        plot_learning(trained, EVAL / "instruct" / "learning")
     draw(records_of("landscape"), EVAL / "landscape")
     return 0
 

@@ -172,3 +172,15 @@ def save_runs(folder: Path) -> Path:
             save_run(folder / method / f"run-{seed}", method, seed, early)
     save_run(folder / "lora" / "run-fast", "lora", 2, learning_rate=0.1)
     return folder
+
+
+def write_conversations(path: Path, n: int, seed: int = 0) -> Path:
+    """n question-answer records of a few words each."""
+    words = ["the", "film", "was", "long", "and", "dull", "but", "her", "song", "is", "a", "joy", "to", "hear"]
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(n):
+        question, answer = (" ".join(rng.choice(words, int(rng.integers(1, 9)))) for _ in range(2))
+        lines.append(json.dumps({"question": question, "answer": answer}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

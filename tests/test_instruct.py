@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from examples import write_conversations
 from transformers import AutoModelForCausalLM
 
 from copra_llm.adapters import load_adapter_weights
@@ -23,50 +24,18 @@ from copra_llm.conversations import InstructTask
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.interpolate import interpolate, line
-from copra_llm.protocols.plans import read_plans
-from copra_llm.protocols.sweep import Sweep, run_sweep
-from copra_llm.report import connectivity_table, find_results
 from copra_llm.results import read_result
 from copra_llm.shapley import exact
 from copra_llm.train import train_adapter
 
-WORDS = [
-    "the",
-    "film",
-    "was",
-    "long",
-    "and",
-    "dull",
-    "but",
-    "her",
-    "song",
-    "is",
-    "a",
-    "joy",
-    "to",
-    "hear",
-    "once",
-    "more",
-]
 BASE = {"method": "copra", "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 0.02, "max_length": 48,
         "lora_target_modules": ["all-linear"], "logging_steps": 1, "dev_size": 6, "chat_template": "plain",
         "checkpoint_at": []}  # fmt: skip
 
 
-def write(path: Path, n: int, seed: int = 0) -> Path:
-    """n question-answer records of a few words each."""
-    rng = np.random.default_rng(seed)
-    lines = []
-    for _ in range(n):
-        question, answer = (" ".join(rng.choice(WORDS, int(rng.integers(1, 9)))) for _ in range(2))
-        lines.append(json.dumps({"question": question, "answer": answer}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write(tmp_path_factory.mktemp("data") / "train.jsonl", 40)
+    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl", 40)
 
 
 @pytest.fixture
@@ -320,7 +289,7 @@ def test_interpolation_and_shapley_values_of_conversations(finished):
 def test_the_command_evaluates_on_other_conversations(finished, tmp_path, capsys):
     from copra_llm.cli import main
 
-    other = write(tmp_path / "other.jsonl", 5, seed=9)
+    other = write_conversations(tmp_path / "other.jsonl", 5, seed=9)
     command = ["evaluate", str(finished / "seed0"), "--task", "instruct"]
     assert main([*command, "--split", "dev"]) == 0
     own = capsys.readouterr().out
@@ -356,7 +325,7 @@ def test_the_recipe_has_the_flags_of_conversations(tmp_path):
     ],
 )
 def test_a_broken_record_is_one_sentence_with_its_line(config, tmp_path, broken, expected):
-    good = write(tmp_path / "data.jsonl", 40).read_text(encoding="utf-8").splitlines()
+    good = write_conversations(tmp_path / "data.jsonl", 40).read_text(encoding="utf-8").splitlines()
     (tmp_path / "data.jsonl").write_text("\n".join([*good[:20], broken, *good[20:]]) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=expected):
         train_adapter(config(dataset_name=[str(tmp_path / "data.jsonl")]), ["instruct"], tmp_path / "run")
@@ -375,36 +344,6 @@ def test_held_out_records_are_not_trained_on(config, data):
     }
     with pytest.raises(InputError, match="only 40 training records"):
         build(config(dev_size=40), ["instruct"], splits=("train",))
-
-
-# --- the protocol -----------------------------------------------------------------------------------------
-
-
-def test_the_plan_trains_and_merges_under_the_data_sets_name(tiny_llama, data, tmp_path, monkeypatch):
-    """Records are the data set's, name it through its variable, and nothing is done twice."""
-    monkeypatch.setenv("TINY_DATA", str(data.parent))
-    settings = {key: value for key, value in BASE.items() if key not in ("method", "max_steps", "learning_rate")}
-    settings |= {"dataset_name": ["$TINY_DATA/train.jsonl"], "test_dataset_name": ["$TINY_DATA/train.jsonl"]}
-    plan = Sweep(
-        model=str(tiny_llama), tasks=["tiny"], variants={"lora": {"method": "lora"}, "copra": {"method": "copra"}},
-        seeds=[0, 1], learning_rate=[0.02], max_steps=[4], points={"fusion": 3}, settings=settings,
-    )  # fmt: skip
-    run_sweep(plan, tmp_path / "results", tmp_path / "work", None, lambda text: None, workers=1)
-    place = tmp_path / "results" / tiny_llama.name
-    found = {p.relative_to(place).as_posix(): p for p in place.rglob("*.json")}
-    assert len(found) == 2 * 3 and all(name.startswith("tiny/") for name in found)
-    record = read_result(found["tiny/copra/fusion-lr0.02-steps4-seeds0-1.json"])
-    assert record.config["dataset_name"] == ["$TINY_DATA/train.jsonl"] and "test/tiny/loss@0.5" in record.metrics
-    before = {p: p.stat().st_mtime_ns for p in found.values()}
-    run_sweep(plan, tmp_path / "results", tmp_path / "work", None, lambda text: None, workers=1)
-    assert {p: p.stat().st_mtime_ns for p in found.values()} == before
-    assert "| tiny | CopRA |" in connectivity_table(find_results([tmp_path / "results"]))
-
-
-def test_the_projects_plan_can_be_read():
-    plans = read_plans(Path(__file__).resolve().parents[1] / "eval" / "instruct" / "plan.yaml", Sweep)
-    assert set(plans) == {"alpaca", "gsm8k", "arc-easy"}
-    assert all(plan.settings["packing"] and plan.settings["dataset_name"] for plan in plans.values())
 
 
 @pytest.mark.parametrize("tasks", [["sst2"], ["one", "other"]])

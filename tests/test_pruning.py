@@ -238,7 +238,6 @@ minilm: {tasks: [sst2], early_tasks: []}
     "old, new, expected",
     [
         ("tasks: [sst2], ", "", "the plan of minilm lacks tasks"),
-        ("tasks: [sst2]", "tasks: [sst3]", 'no task "sst3"'),
         ("seeds: [0]", "seeds: []", "the plan's seeds is empty"),
         ("seeds: [0]", "seed: 1, seeds: [0]", "unknown entry seed"),
         ("[lora]", "[lara]", "'lara'"),

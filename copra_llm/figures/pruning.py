@@ -68,21 +68,33 @@ class Series:
         """As it is shown, without "Early"."""
         return self.groups[0].label.removeprefix("Early ")
 
-    def accuracy(self, name: str, density: float = 1.0) -> dict[int, float]:
-        """Percent by seed, of the seeds that every task has; empty if a record has not this variant."""
+    def value(self, what: str, name: str, density: float = 1.0) -> dict[int, float]:
+        """ "accuracy" (percent) or "loss" (nats) of a variant by seed, of the seeds that every task has.
+
+        Empty if a record has not this variant.
+        """
         of_tasks = []
         for g in self.groups:
             rows = [row for key, found in outcomes(g).items() if key[1:] == (name, density) for row in found]
             if len(rows) != len(g.records):
                 return {}
-            of_tasks.append({r.config["seed"]: row["accuracy"] for r, row in zip(g.records, rows, strict=True)})
+            of_tasks.append({r.config["seed"]: row[what] for r, row in zip(g.records, rows, strict=True)})
         seeds = sorted(set.intersection(*map(set, of_tasks)))
         return {seed: sum(part[seed] for part in of_tasks) / len(of_tasks) for seed in seeds}
+
+    def accuracy(self, name: str, density: float = 1.0) -> dict[int, float]:
+        """Percent by seed."""
+        return self.value("accuracy", name, density)
 
     def drop(self, name: str, density: float = 1.0) -> dict[int, float]:
         """What the variant loses of the whole adapter's accuracy, in percentage points by seed."""
         whole, left = self.accuracy("all"), self.accuracy(name, density)
         return {seed: whole[seed] - left[seed] for seed in whole.keys() & left.keys()}
+
+    def rise(self, name: str, density: float = 1.0) -> dict[int, float]:
+        """How far the variant's loss lies above the whole adapter's, in nats by seed."""
+        whole, left = self.value("loss", "all"), self.value("loss", name, density)
+        return {seed: left[seed] - whole[seed] for seed in whole.keys() & left.keys()}
 
     def over_layers(self, value: Callable[[str], dict[int, float]]) -> dict[int, float]:
         """Mean of a value over `LAYERS`, by seed; empty if one is missing."""

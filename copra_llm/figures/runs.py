@@ -24,6 +24,14 @@ def seeds_of(g: Group, split: str, name: str = "accuracy") -> Estimate | None:
     return seed_estimate(values) if len(values) == len(g.records) else None
 
 
+def dev_losses(g: Group) -> dict[int, Estimate]:
+    """Dev loss by step, of the evaluations during training that all seeds have made."""
+    key = f"dev/{g.task_key}/loss"
+    logs = [{entry["step"]: entry[key] for entry in r.data.get("dev", []) if key in entry} for r in g.records]
+    steps = sorted(set.intersection(*map(set, logs))) if logs else []
+    return {step: seed_estimate([log[step] for log in logs]) for step in steps}
+
+
 def spread(runs: Sequence[Result], name: str) -> float:
     """Standard deviation over seeds of a logged quantity, relative to its mean, averaged over the log entries.
 

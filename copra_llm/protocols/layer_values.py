@@ -27,7 +27,7 @@ from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.gates import GRANULARITIES
 from copra_llm.ledger import Ledger, RecordedGame, identity
 from copra_llm.protocols.jobs import Job, run_jobs
-from copra_llm.protocols.plans import check_runs, need_entries
+from copra_llm.protocols.plans import check_methods, need_entries
 from copra_llm.protocols.runs import portable
 from copra_llm.results import Result, peak_memory_bytes, write_result
 from copra_llm.saved_runs import SavedRun, best_on_dev, repeated_runs
@@ -58,7 +58,7 @@ class Plan:
 
     def __post_init__(self):
         need_entries(self, "tasks", "methods", "seeds", "metrics")
-        check_runs(self.tasks, self.methods, {})
+        check_methods(self.methods)
         for name, value, known in (
             *(("metrics", metric, METRICS) for metric in self.metrics),
             ("split", self.split, ("train", "dev", "test")),

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from copra_llm.adapters import AdapterWeights
-from copra_llm.config import RunConfig
+from copra_llm.config import RunConfig, typed_settings
 from copra_llm.errors import InputError
 from copra_llm.evaluate import Evaluation
 from copra_llm.evaluator import AdapterEvaluator
@@ -50,6 +50,8 @@ class MultiTask:
     """Of the single runs, by the flags' names."""
     tuned: dict[str, Any] = field(default_factory=dict)
     """`{task: {method: {setting: value}}}`, over `settings`."""
+    task_settings: dict[str, Any] = field(default_factory=dict)
+    """`{task: {setting: value}}`, over `settings`: the conversations that make up each task."""
 
     def __post_init__(self):
         need_entries(self, "groups", "methods", "seeds", "merges")
@@ -58,14 +60,31 @@ class MultiTask:
             if len(group) < 2:
                 raise InputError(f"the plan's groups hold {group}, but tasks can only be merged from two on; add one")
             RunConfig().replace(tasks=group)
-            check_runs(group, self.methods, self.settings)
+            for task in group:
+                check_runs([task], self.methods, self.settings | self._own(task))
             for task, method in itertools.product(group, self.methods):
                 self.config(task, method, self.seeds[0], None)
 
     def config(self, task: str, method: str, seed: int, data_root: str | None) -> RunConfig:
         """The settings of the run on one task alone."""
         own = {"model_name_or_path": self.model, "seed": seed, "data_root": data_root}
-        return RunConfig().replace(**tuned_settings(self, task, method) | own)
+        return RunConfig().replace(**tuned_settings(self, task, method) | self._own(task) | own)
+
+    def evaluators(self, tasks: list[str], data_root: str | None) -> dict[str, AdapterEvaluator]:
+        """What evaluates each task on test: one loaded model, or one each where the tasks have data of their own."""
+        method, seed = self.methods[0], self.seeds[0]
+        if any(self._own(task) for task in tasks):
+            configs = {task: self.config(task, method, seed, data_root) for task in tasks}
+            return {task: AdapterEvaluator(config, [task], "test") for task, config in configs.items()}
+        return dict.fromkeys(tasks, AdapterEvaluator(self.config(tasks[0], method, seed, data_root), tasks, "test"))
+
+    def _own(self, task: str) -> dict[str, Any]:
+        own = self.task_settings.get(task, {})
+        if not isinstance(own, dict):
+            raise InputError(
+                f"the plan's task_settings have {own!r} for {task}, but must hold `setting: value` entries"
+            )
+        return typed_settings(Path("the plan's task_settings"), own)
 
 
 def run_multitask(
@@ -106,11 +125,13 @@ def merge_groups(store: Store, plan: MultiTask, method: str, seed: int, data_roo
         return
     tasks = list(dict.fromkeys(task for group, _, _ in missing for task in group))
     singles = {task: store.adapter(Run(plan.config(task, method, seed, data_root))) for task in tasks}
-    evaluator = AdapterEvaluator(plan.config(tasks[0], method, seed, data_root), tasks, "test")
-    alone = {task: evaluator(singles[task], task) for task in tasks}
+    evaluators = plan.evaluators(tasks, data_root)
+    alone = {task: evaluators[task](singles[task], task) for task in tasks}
     for group, rule, record in missing:
         config = plan.config(group[0], method, seed, data_root).replace(tasks=group)
-        result = merged_record(config, rule, {task: singles[task] for task in group}, alone, evaluator)
+        result = merged_record(config, rule, {task: singles[task] for task in group}, alone, evaluators)
+        if plan.task_settings:
+            result.config["task_settings"] = {task: plan.task_settings.get(task, {}) for task in group}
         write_result(record, portable(result))
         store.say(f"{record}: {result.metrics['test/mean/accuracy/normalised']:.1f} % of the single tasks' accuracy")
 
@@ -120,7 +141,7 @@ def merged_record(
     rule: Rule,
     singles: dict[str, AdapterWeights],
     alone: dict[str, Evaluation],
-    evaluator: AdapterEvaluator,
+    evaluators: dict[str, AdapterEvaluator],
 ) -> Result:
     """Merge adapters of several tasks and evaluate the result on each of them.
 
@@ -129,15 +150,16 @@ def merged_record(
         rule: merges the adapters, with its own default weights.
         singles: the adapters by task, in the order of merging.
         alone: how good each is on its task, by task.
-        evaluator: the model with these tasks and their split.
+        evaluators: the model with each task's data, all of one split.
     """
+    first = next(iter(evaluators.values()))
     started = time.time()
     merged = rule(list(singles.values()))
     metrics: dict[str, float] = {}
     correct: dict[str, str] = {}
     for task in singles:
-        outcome, single = evaluator(merged, task), alone[task]
-        where = f"{evaluator.split}/{task}"
+        outcome, single = evaluators[task](merged, task), alone[task]
+        where = f"{first.split}/{task}"
         metrics |= {
             f"{where}/accuracy/single": single.accuracy,
             f"{where}/accuracy/merged": outcome.accuracy,
@@ -148,11 +170,11 @@ def merged_record(
         correct[f"correct/{where}"] = pack_bits(outcome.correct)
         correct[f"correct/{where}/single"] = pack_bits(single.correct)
     for name in ("accuracy/single", "accuracy/merged", "accuracy/normalised"):
-        values = [metrics[f"{evaluator.split}/{task}/{name}"] for task in singles]
-        metrics[f"{evaluator.split}/mean/{name}"] = float(np.mean(values))
+        values = [metrics[f"{first.split}/{task}/{name}"] for task in singles]
+        metrics[f"{first.split}/mean/{name}"] = float(np.mean(values))
     about = {
         "merge_method": rule.method, "merge_options": rule.options, "merge_name": rule.name,
-        "weights": check_weights(rule.method, len(singles), None), "split": evaluator.split,
+        "weights": check_weights(rule.method, len(singles), None), "split": first.split,
     }  # fmt: skip
     return Result(
         protocol="multitask",
@@ -161,7 +183,7 @@ def merged_record(
         seconds=time.time() - started,
         peak_memory_bytes=peak_memory_bytes(),
         data=correct,
-        environment=evaluator.environment(),
+        environment=first.environment(),
     )
 
 

@@ -60,8 +60,16 @@ def check_runs(tasks: list[str], methods: list[str], settings: dict[str, Any]) -
     for task in tasks:
         if "dataset_name" not in settings:  # conversations bear any name
             get_task(task)
+    check_methods(methods, settings)
+
+
+def check_methods(methods: list[str], settings: dict[str, Any] | None = None) -> None:
+    """Refuse a plan's methods and settings before anything is run.
+
+    A plan for saved runs has no more to check: their tasks are whatever they were trained on.
+    """
     for method in methods:
-        RunConfig().replace(**settings | {"method": method})
+        RunConfig().replace(**(settings or {}) | {"method": method})
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from copra_llm.adapters import load_adapter_weights
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.protocols.jobs import Job, run_jobs
-from copra_llm.protocols.plans import check_runs, need_entries
+from copra_llm.protocols.plans import check_methods, need_entries
 from copra_llm.protocols.runs import portable
 from copra_llm.prune import Variant, structured_names
 from copra_llm.results import Result
@@ -51,7 +51,7 @@ class Plan:
 
     def __post_init__(self):
         need_entries(self, "tasks", "methods", "seeds")
-        check_runs([*self.tasks, *self.early_tasks], [*self.methods, *self.early_methods], {})
+        check_methods([*self.methods, *self.early_methods])
         self.variants([], 0)
 
     def variants(self, keep: Iterable[str], seed: int) -> list[Variant]:

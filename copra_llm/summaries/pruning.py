@@ -1,4 +1,4 @@
-"""What do the pruning records say? Two tables and a plot, made from the records alone.
+"""What do the pruning records say? Tables and a plot, made from the records alone.
 
 Means over seeds with 95 % intervals (Student's t). What is compared is compared seed by seed, since runs of one seed
 share initialisation and data order: a variant with the whole adapter, and a method with LoRA.
@@ -32,23 +32,29 @@ def pruning_table(results: Iterable[Result]) -> str:
     return _table(results, DENSITIES)
 
 
-def _table(results: Iterable[Result], densities: Sequence[float]) -> str:
+def pruning_loss_table(results: Iterable[Result]) -> str:
+    """The same in loss, in nats: for answers that are seldom right as a whole."""
+    return _table(results, DENSITIES, "loss")
+
+
+def _table(results: Iterable[Result], densities: Sequence[float], what: str = "accuracy") -> str:
     series = pruning_series(results)
     series += averaged(series)
     rows = []
     for s in series:
         against = next((o for o in series if o.place == s.place and (o.method, o.early) == ("LoRA", s.early)), s)
-        drop = s.over_layers(s.drop)
+        lost, lora_lost = (of.over_layers(of.drop if what == "accuracy" else of.rise) for of in (s, against))
         rows.append((
-            s.model, s.task, s.name, *(_mean(s.accuracy(name)) for name in ("all", *LAYERS)), _estimate(drop),
-            paired_estimate(drop, against.over_layers(against.drop)) if against is not s else None,
-            *(_mean(s.accuracy("magnitude", density)) for density in densities),
-            *(_mean(s.accuracy("nf4")) for _ in densities[:1]),
+            s.model, s.task, s.name, *(_mean(s.value(what, name)) for name in ("all", *LAYERS)), _estimate(lost),
+            paired_estimate(lost, lora_lost) if against is not s else None,
+            *(_mean(s.value(what, "magnitude", density)) for density in densities),
+            *(_mean(s.value(what, "nf4")) for _ in densities[:1]),
         ))  # fmt: skip
+    spec, worse = (".1f", "drop") if what == "accuracy" else (".3f", "rise")
     columns = [
-        ("model",), ("task",), ("method",), ("whole", ".1f"), ("every other", ".1f"), ("low", ".1f"),
-        ("middle", ".1f"), ("high third", ".1f"), ("drop, mean of the four", ".1f"), ("drop minus LoRA's", ".1f"),
-        *((f"largest {100 * d:g} %", ".1f") for d in densities), *(("nf4", ".1f") for _ in densities[:1]),
+        ("model",), ("task",), ("method",), ("whole", spec), ("every other", spec), ("low", spec),
+        ("middle", spec), ("high third", spec), (f"{worse}, mean of the four", spec), (f"{worse} minus LoRA's", spec),
+        *((f"largest {100 * d:g} %", spec) for d in densities), *(("nf4", spec) for _ in densities[:1]),
     ]  # fmt: skip
     return markdown_table(columns, rows)
 
