@@ -429,3 +429,11 @@ def test_the_plot_is_a_function_of_the_records(done, tmp_path):
     second = [p.read_bytes() for p in plot_pruning(reversed(results), tmp_path / "b")]
     assert first == second
     assert "Early CopRA" in pruning_table(results)
+
+
+def test_the_plot_takes_values_whose_mean_is_beside_them(tmp_path):
+    """Three times 2/17 %: their mean is less by a rounding."""
+    same = 200 / 1700
+    assert (same + same + same) / 3 < same or (same + same + same) / 3 > same
+    records = [record("lora", seed, accuracies(same, same, same, same)) for seed in range(3)]
+    assert all(path.stat().st_size for path in plot_pruning(records, tmp_path / "equal"))

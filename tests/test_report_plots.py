@@ -278,6 +278,16 @@ def test_records_that_differ_in_a_setting_are_not_averaged():
     assert names == [("LoRA (lora_r 4)", 3), ("LoRA (lora_r 8)", 3)]
 
 
+def test_a_record_from_before_a_setting_had_its_default():
+    from report_records import runs
+
+    records = runs(("lora",), ("sst2",))
+    records[0].config["load_in_4bit"] = False
+    assert [len(g.records) for g in grouped(records)] == [3]
+    records[0].config["load_in_4bit"] = True
+    assert sorted(len(g.records) for g in grouped(records)) == [1, 2]
+
+
 def test_a_run_counts_once_wherever_it_lies():
     from report_records import runs
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from copra_llm.config import RunConfig
 from copra_llm.estimates import Estimate, seed_estimate
 from copra_llm.results import Result
-from copra_llm.settings import WITHOUT_EFFECT, PartSettings
+from copra_llm.settings import WITHOUT_EFFECT
 
 ORDER = ("lora", "coto", "copra")
 NAMES = {"lora": "LoRA", "copra": "CopRA", "coto": "CoTo"}
@@ -29,7 +30,8 @@ REPETITION = {
 }  # fmt: skip
 """Settings that do not keep two records apart."""
 
-_DEFAULTS = vars(PartSettings())
+_DEFAULTS = RunConfig().flat()
+"""What a record from before a setting was there had."""
 
 
 @dataclass(frozen=True)

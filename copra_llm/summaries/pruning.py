@@ -132,7 +132,8 @@ def _bars(axis, series: Sequence[Series]) -> None:
                 continue
             mean = sum(values) / len(values)
             style = {"color": COLOURS.get(s.method), "alpha": 0.45 if s.early else 1.0}
-            error = [[mean - min(values)], [max(values) - mean]]
+            # Of equal values the mean may lie beside them by a rounding.
+            error = [[max(0.0, mean - min(values))], [max(0.0, max(values) - mean)]]
             axis.bar(k - 0.4 + (i + 0.5) * width, mean, width, yerr=error, label=s.name if k == 0 else None,
                      error_kw={"elinewidth": 0.8}, **style)  # fmt: skip
     axis.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
