@@ -144,25 +144,33 @@ def refuse_leaking_packs(base: Base) -> None:
     """Refuse a model in which an example in a row changes what another one reads.
 
     Raises:
-        InputError: if a short example gets other logits behind another one than alone.
+        InputError: if an example's logits depend on the one before it, or are not what they are alone.
     """
     model = base.model
     vocabulary = model.config.get_text_config().vocab_size
     alone = torch.arange(PROBE, device=model.device)[None] % vocabulary
-    both = torch.cat([alone.flip(1), alone], dim=1)
     positions = torch.arange(PROBE, device=model.device).repeat(2)[None]
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             expected = model(input_ids=alone, use_cache=False).logits.float()
-            packed = model(input_ids=both, position_ids=positions, use_cache=False).logits[:, PROBE:].float()
+            first, second = (
+                model(input_ids=torch.cat([other, alone], dim=1), position_ids=positions, use_cache=False)
+                .logits[:, PROBE:]
+                .float()
+                for other in (alone.flip(1), (alone + PROBE) % vocabulary)
+            )
     except TypeError:
-        packed = None  # it takes no positions
+        first = None  # it takes no positions
     finally:
         model.train(was_training)
-    # Other shapes add in another order; a leak shows in the first digits.
-    scale = expected.abs().max() if packed is not None else 1.0
-    if packed is None or (packed - expected).abs().max() > 0.02 * scale:
+    # Behind two others of one length the same sums are made in the same order, whatever the precision. Alone they are
+    # made in another order, which 16 bits feel (3 % in the mean); positions that run on change all of it.
+    if (
+        first is None
+        or (first - second).abs().max() > 1e-3 * expected.abs().max()
+        or (first - expected).abs().mean() > 0.1 * expected.abs().mean()
+    ):
         raise InputError(f"{base.source.name} does not keep packed examples apart (its attention reads across them); "
                          "leave --packing out, or choose another --attn_implementation")  # fmt: skip

@@ -24,7 +24,10 @@ from copra_llm.conversations import InstructTask
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.interpolate import interpolate, line
+from copra_llm.language_model import refuse_leaking_packs
+from copra_llm.models import load_base
 from copra_llm.results import read_result
+from copra_llm.settings import ModelSettings
 from copra_llm.shapley import exact
 from copra_llm.train import train_adapter
 
@@ -129,6 +132,12 @@ def test_a_model_that_mixes_packed_examples_is_refused(config, monkeypatch):
     )  # positions are not heeded
     with pytest.raises(InputError, match="does not keep packed examples apart"):
         build(config(packing=True), ["instruct"], splits=("train",))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_model_that_keeps_packed_examples_apart_may_have_16_bits(dtype):
+    """Whose rounding over thirty layers is a quarter of the largest logit, and no leak."""
+    refuse_leaking_packs(load_base(ModelSettings(model_name_or_path="smollm2", dtype=dtype)))
 
 
 def test_a_model_that_changes_its_logits_afterwards_is_asked_as_a_whole(config, monkeypatch):
