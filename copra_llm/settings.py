@@ -54,10 +54,22 @@ class LoraSettings:
     )
     use_rslora: bool = setting(False, "Rank-stabilised scaling.")
     use_dora: bool = setting(False, "Weight-decomposed LoRA (DoRA).")
+    init_lora_weights: str = setting(
+        "default",
+        "Where A and B start: default (A random, B zero), gaussian, orthogonal, olora, pissa or pissa_niter_N (its SVD "
+        "by N power iterations).",
+    )
 
     def __post_init__(self):
         if self.lora_r < 1:
             raise InputError(f"--lora_r is {self.lora_r}, but a rank must be at least 1")
+        if not re.fullmatch(r"default|gaussian|orthogonal|olora|pissa(_niter_\d+)?", self.init_lora_weights):
+            known = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16")
+            hint = nearest(self.init_lora_weights, known)
+            raise InputError(f'--init_lora_weights is "{self.init_lora_weights}"{hint}, but must be default, gaussian, '
+                             "orthogonal, olora, pissa or pissa_niter_N")  # fmt: skip
+        if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
+            raise InputError(f"--init_lora_weights orthogonal needs an even rank, but --lora_r is {self.lora_r}")
         if not 0.0 < self.lora_alpha < math.inf:
             raise InputError(f"--lora_alpha is {self.lora_alpha}, but must be positive")
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -69,6 +81,11 @@ class LoraSettings:
             raise InputError(f"--lora_layers_to_transform is {layers}, but must name at least one block, from 0 on")
         if layers is not None and self.lora_target_modules == ["all-linear"]:
             raise InputError("--lora_layers_to_transform needs modules by name; name them in --lora_target_modules")
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the start takes part of the base's weights into the adapter (PiSSA, OLoRA)."""
+        return self.init_lora_weights.startswith(("pissa", "olora"))
 
     @property
     def scaling(self) -> float:
