@@ -49,6 +49,8 @@ class Progress:
     (of the last step, before clipping), activation_prob, active_layers."""
     dev: list[dict[str, float]] = field(default_factory=list)
     """One entry every `eval_steps`: step and the dev metrics."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """One entry an answer to `sample_prompts`: step, prompt and text."""
     skipped: int = 0
     """Steps left out because their loss was not finite."""
     seconds: float = 0.0

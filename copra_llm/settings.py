@@ -209,12 +209,19 @@ class InstructSettings:
     turns: str = setting("all", "Which of the assistant's turns are trained: all, or the last.")
     too_long: str = setting("cut", "What happens to examples above --max_length: cut, or drop.")
     packing: bool = setting(False, "Fill rows of --max_length tokens with several examples, kept apart.")
+    sample_prompts: list[str] = setting(
+        [],
+        "Answered at every --eval_steps and at the end: texts, .txt files with a prompt a line, or files of records.",
+    )
+    max_new_tokens: int = setting(128, "Most tokens of an answer to --sample_prompts.")
 
     def __post_init__(self):
         if not self.dataset_name:
             raise InputError("--dataset_name is empty; name a file, folder or Hub id with training data")
         if self.dev_size < 1:
             raise InputError(f"--dev_size is {self.dev_size}, but must be at least 1")
+        if self.max_new_tokens < 1:
+            raise InputError(f"--max_new_tokens is {self.max_new_tokens}, but must be at least 1")
 
 
 CLIENT_SPLITS = ("iid", "dirichlet")
@@ -321,6 +328,6 @@ class TrainSettings:
 
 WITHOUT_EFFECT = frozenset({
     "output_dir", "data_root", "resume_from_checkpoint", "report_to", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "metrics",
+    "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "metrics", "sample_prompts", "max_new_tokens",
 })  # fmt: skip
 """Settings on which the trained adapter does not depend."""

@@ -61,6 +61,7 @@ from copra_llm.results import (
     write_atomic,
     write_result,
 )
+from copra_llm.samples import Samples
 from copra_llm.saved_runs import ADAPTER, RESULT, step_at
 
 
@@ -91,6 +92,8 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
 
     metrics: dict[str, float] = {}
     data: dict[str, Any] = {"log": progress.log, "dev": progress.dev, "skipped_steps": progress.skipped}
+    if progress.samples:
+        data["samples"] = progress.samples
     if bench.counts:
         data["records"] = {split: vars(counts) for split, counts in bench.counts.items()}
     for split in ("dev", "test"):
@@ -133,6 +136,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, whole)
     advance(scheduler, first)
     progress = resume(config, folder, classifier, optimizer, scheduler)
+    samples = Samples(accelerator, bench, config, progress)
     claim(accelerator, folder, config.replace(tasks=[task.name for task in bench.tasks]))
     micro_steps = settings.gradient_accumulation_steps * accelerator.num_processes
     stream = BatchStream(
@@ -183,9 +187,11 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
                 progress.log.append({"step": progress.step, **entry})
                 accelerator.log({f"train/{key}": value for key, value in entry.items()}, step=progress.step)
                 bar.set_postfix(loss=f"{entry['loss']:.3f}", p=f"{p:.2f}")
-            if settings.eval_steps and progress.step % settings.eval_steps == 0 and (best.wanted or not last):
-                _evaluate_dev(accelerator, bench, settings.per_device_eval_batch_size, progress)
-                best.look(classifier)
+            if settings.eval_steps and progress.step % settings.eval_steps == 0:
+                if best.wanted or not last:
+                    _evaluate_dev(accelerator, bench, settings.per_device_eval_batch_size, progress)
+                    best.look(classifier)
+                samples.take(classifier, progress.step)
             regular = bool(settings.save_steps) and progress.step % settings.save_steps == 0
             stopping = asked_to_stop()
             if regular or stopping or progress.step in keep_at:
@@ -200,7 +206,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
                                 f"--resume_from_checkpoint latest")  # fmt: skip
             if best.exhausted():
                 break
-    best.restore(classifier)
+    samples.take(classifier, best.restore(classifier))
     return progress
 
 
