@@ -251,6 +251,9 @@ class TrainSettings:
         None, "NEFTune: noise of this size on the embeddings while training; unset: none."
     )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    use_liger_kernel: bool = setting(
+        False, "Liger's kernels for norms, rotary positions and MLPs (needs a GPU and liger-kernel)."
+    )
     seed: int = setting(0, "Feeds the three seeds below where they are unset.")
     init_seed: int | None = setting(None, "Seed of the adapter's initialisation.")
     data_seed: int | None = setting(None, "Seed of the data order and of dropout.")

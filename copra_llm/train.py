@@ -50,6 +50,7 @@ from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, Preempted
 from copra_llm.evaluate import evaluate, load_metrics
 from copra_llm.gates import LayerGates
+from copra_llm.liger import apply_liger, check_liger
 from copra_llm.masks import sample_mask
 from copra_llm.optimizer import FiniteWatch, clip, make_optimizer
 from copra_llm.results import (
@@ -84,10 +85,15 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
         refuse_other_settings(folder / RESULT, finished.config, config)
         return finished
     accelerator = _accelerator(config, folder)
+    if config.train.use_liger_kernel:
+        check_liger(accelerator.device)
     more_metrics = load_metrics(config.train.metrics)
     bench = build(config, tasks)
     if config.train.gradient_checkpointing:
         checkpoint_activations(bench.base.model)
+    if config.train.use_liger_kernel:
+        # After all that asks the model something on the CPU, where the kernels do not run.
+        apply_liger(bench.base.model)
     progress = fit(accelerator, bench, config, folder)
 
     metrics: dict[str, float] = {}
