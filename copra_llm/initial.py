@@ -69,8 +69,10 @@ def _adapted(model: nn.Module, targets: list[str] | str) -> dict[str, nn.Module]
 
 
 def keep_start(model: PeftModel) -> None:
-    """Remember the factors of an adapter whose start has just changed the base; `write_for_base` needs them."""
-    setattr(model, _START, {key: t.detach().cpu().clone() for key, t in get_peft_model_state_dict(model).items()})
+    """Remember the tensors of an adapter whose start has just changed the base; `write_for_base` needs them."""
+    # The Hub would only be asked whether the vocabulary was changed, and it was not.
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    setattr(model, _START, {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()})
 
 
 def write_for_base(model: PeftModel, folder: Path) -> None:

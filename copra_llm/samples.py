@@ -110,8 +110,8 @@ def _lines(path: Path) -> list[str]:
         raise InputError(f"--sample_prompts names {path}, which does not exist; give a file with a prompt a line, or a "
                          "text") from None  # fmt: skip
     except UnicodeDecodeError as error:
-        raise InputError(f"--sample_prompts names {path}, which is not UTF-8 text (byte {error.start}); convert it "
-                         ) from None  # fmt: skip
+        where = f"{path}, which is not UTF-8 text (byte {error.start})"
+        raise InputError(f"--sample_prompts names {where}; save it as UTF-8") from None
     if not lines:
         raise InputError(f"--sample_prompts names {path}, which is empty; write a prompt a line into it")
     return lines
