@@ -69,13 +69,19 @@ class BestAdapter:
         patience = self.settings.early_stopping_patience
         return patience is not None and sum(step > self.step for step, _ in self._counted()) >= patience
 
-    def restore(self, classifier) -> None:
-        """Give the model the best adapter, and remove its folder: the run's own will hold it."""
-        if self.wanted and self.step is not None:
-            load_weights(self.accelerator.unwrap_model(classifier), self.folder)
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                shutil.rmtree(self.folder)
+    def restore(self, classifier) -> int:
+        """Give the model the best adapter, and remove its folder: the run's own will hold it.
+
+        Returns:
+            The step that the model's adapter is of now: the last one where none was kept.
+        """
+        if not self.wanted or self.step is None:
+            return self.progress.step
+        load_weights(self.accelerator.unwrap_model(classifier), self.folder)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder)
+        return self.step
 
     def _counted(self) -> list[tuple[int, float]]:
         """(step, mean dev loss over the tasks) of the evaluations that count."""

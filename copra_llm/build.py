@@ -116,6 +116,9 @@ def _start(config: RunConfig, adapter: Path | None) -> AdapterWeights | None:
     """What a fresh adapter starts from, if the settings name something."""
     if adapter is not None or config.part.init_adapter is None:
         return None
+    if config.lora.changes_base:
+        raise InputError(f"--init_adapter and --init_lora_weights {config.lora.init_lora_weights} both say where the "
+                         "adapter starts, from unequal bases; give one of them")  # fmt: skip
     return load_adapter_weights(config.part.init_adapter)
 
 

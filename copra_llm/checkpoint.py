@@ -24,6 +24,7 @@ from copra_llm.adapters import WEIGHTS_FILE
 from copra_llm.classifiers import read_heads
 from copra_llm.config import RunConfig, dump_yaml
 from copra_llm.errors import InputError
+from copra_llm.initial import read_for_training, write_for_base
 from copra_llm.results import atomic_folder, write_atomic
 from copra_llm.saved_runs import CONFIG, RESULT, checkpoint_folder
 from copra_llm.settings import WITHOUT_EFFECT
@@ -48,6 +49,8 @@ class Progress:
     (of the last step, before clipping), activation_prob, active_layers."""
     dev: list[dict[str, float]] = field(default_factory=list)
     """One entry every `eval_steps`: step and the dev metrics."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """One entry an answer to `sample_prompts`: step, prompt and text."""
     skipped: int = 0
     """Steps left out because their loss was not finite."""
     seconds: float = 0.0
@@ -68,6 +71,7 @@ def _write_adapter(classifier, folder: Path) -> None:
     # The Hub would only be asked whether the vocabulary was changed, and it was not.
     classifier.model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
+    write_for_base(classifier.model, folder)
     classifier.save_extras(folder)
 
 
@@ -83,8 +87,9 @@ def save_checkpoint(accelerator, classifier, optimizer, config: RunConfig, folde
 
 
 def load_weights(classifier, folder: Path) -> None:
-    """Give a model the adapter in a folder, of the same shapes, and an encoder its heads."""
-    set_peft_model_state_dict(classifier.model, load_file(folder / WEIGHTS_FILE))
+    """Give a model the adapter that it, or one made like it, has saved in a folder, and an encoder its heads."""
+    tensors = read_for_training(classifier.model, load_file(folder / WEIGHTS_FILE))
+    set_peft_model_state_dict(classifier.model, tensors)
     for task, head in read_heads(folder).items():
         classifier.heads[task].data.copy_(head)
 

@@ -31,6 +31,7 @@ from transformers import (
 
 from copra_llm.errors import InputError, nearest
 from copra_llm.gguf import TORN_GGUF, UNREADABLE, converted_gguf, gguf_arguments, gguf_folder, quiet_loading
+from copra_llm.initial import keep_start, refuse_start
 from copra_llm.quantised_base import keep_trainable, quantisation
 from copra_llm.settings import LoraSettings, ModelSettings
 
@@ -279,21 +280,32 @@ def _adaptable(module: nn.Module) -> bool:
 
 
 def add_adapter(base: Base, settings: LoraSettings, init_seed: int) -> PeftModel:
-    """Attach a fresh LoRA adapter, initialised from a seed of its own; no global generator moves."""
+    """Attach a fresh LoRA adapter, initialised from a seed of its own; no global generator moves.
+
+    Raises:
+        InputError: for modules or blocks that the model lacks, or a start that is not right for one of them.
+    """
     _check_layers(base.model, settings.lora_layers_to_transform)
+    targets = target_modules(base.model, settings.lora_target_modules)
+    refuse_start(base.model, targets, settings)
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=target_modules(base.model, settings.lora_target_modules),
+        target_modules=targets,
         layers_to_transform=settings.lora_layers_to_transform,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
+        init_lora_weights=True if settings.init_lora_weights == "default" else settings.init_lora_weights,
         task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}[base.kind],
     )
     with torch.random.fork_rng():
         torch.manual_seed(init_seed)
         model = get_peft_model(base.model, config)
+    # A start is over once it is made: whoever loads the adapter must not make it again.
+    model.peft_config["default"].init_lora_weights = True
+    if settings.changes_base:
+        keep_start(model)
     _name_base(model, base.source)
     return model
 

@@ -54,10 +54,22 @@ class LoraSettings:
     )
     use_rslora: bool = setting(False, "Rank-stabilised scaling.")
     use_dora: bool = setting(False, "Weight-decomposed LoRA (DoRA).")
+    init_lora_weights: str = setting(
+        "default",
+        "Where A and B start: default (A random, B zero), gaussian, orthogonal, olora, pissa or pissa_niter_N (its SVD "
+        "by N power iterations).",
+    )
 
     def __post_init__(self):
         if self.lora_r < 1:
             raise InputError(f"--lora_r is {self.lora_r}, but a rank must be at least 1")
+        if not re.fullmatch(r"default|gaussian|orthogonal|olora|pissa(_niter_\d+)?", self.init_lora_weights):
+            known = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16")
+            hint = nearest(self.init_lora_weights, known)
+            raise InputError(f'--init_lora_weights is "{self.init_lora_weights}"{hint}, but must be default, gaussian, '
+                             "orthogonal, olora, pissa or pissa_niter_N")  # fmt: skip
+        if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
+            raise InputError(f"--init_lora_weights orthogonal needs an even rank, but --lora_r is {self.lora_r}")
         if not 0.0 < self.lora_alpha < math.inf:
             raise InputError(f"--lora_alpha is {self.lora_alpha}, but must be positive")
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -69,6 +81,11 @@ class LoraSettings:
             raise InputError(f"--lora_layers_to_transform is {layers}, but must name at least one block, from 0 on")
         if layers is not None and self.lora_target_modules == ["all-linear"]:
             raise InputError("--lora_layers_to_transform needs modules by name; name them in --lora_target_modules")
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the start takes part of the base's weights into the adapter (PiSSA, OLoRA)."""
+        return self.init_lora_weights.startswith(("pissa", "olora"))
 
     @property
     def scaling(self) -> float:
@@ -192,12 +209,19 @@ class InstructSettings:
     turns: str = setting("all", "Which of the assistant's turns are trained: all, or the last.")
     too_long: str = setting("cut", "What happens to examples above --max_length: cut, or drop.")
     packing: bool = setting(False, "Fill rows of --max_length tokens with several examples, kept apart.")
+    sample_prompts: list[str] = setting(
+        [],
+        "Answered at every --eval_steps and at the end: texts, .txt files with a prompt a line, or files of records.",
+    )
+    max_new_tokens: int = setting(128, "Most tokens of an answer to --sample_prompts.")
 
     def __post_init__(self):
         if not self.dataset_name:
             raise InputError("--dataset_name is empty; name a file, folder or Hub id with training data")
         if self.dev_size < 1:
             raise InputError(f"--dev_size is {self.dev_size}, but must be at least 1")
+        if self.max_new_tokens < 1:
+            raise InputError(f"--max_new_tokens is {self.max_new_tokens}, but must be at least 1")
 
 
 CLIENT_SPLITS = ("iid", "dirichlet")
@@ -227,6 +251,9 @@ class TrainSettings:
         None, "NEFTune: noise of this size on the embeddings while training; unset: none."
     )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    use_liger_kernel: bool = setting(
+        False, "Liger's kernels for norms, rotary positions and MLPs (needs a GPU and liger-kernel)."
+    )
     seed: int = setting(0, "Feeds the three seeds below where they are unset.")
     init_seed: int | None = setting(None, "Seed of the adapter's initialisation.")
     data_seed: int | None = setting(None, "Seed of the data order and of dropout.")
@@ -304,6 +331,6 @@ class TrainSettings:
 
 WITHOUT_EFFECT = frozenset({
     "output_dir", "data_root", "resume_from_checkpoint", "report_to", "logging_steps", "eval_steps", "save_steps",
-    "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "metrics",
+    "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "metrics", "sample_prompts", "max_new_tokens",
 })  # fmt: skip
 """Settings on which the trained adapter does not depend."""

@@ -50,6 +50,7 @@ from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, Preempted
 from copra_llm.evaluate import evaluate, load_metrics
 from copra_llm.gates import LayerGates
+from copra_llm.liger import apply_liger, check_liger
 from copra_llm.masks import sample_mask
 from copra_llm.optimizer import FiniteWatch, clip, make_optimizer
 from copra_llm.results import (
@@ -61,6 +62,7 @@ from copra_llm.results import (
     write_atomic,
     write_result,
 )
+from copra_llm.samples import Samples
 from copra_llm.saved_runs import ADAPTER, RESULT, step_at
 
 
@@ -83,14 +85,21 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
         refuse_other_settings(folder / RESULT, finished.config, config)
         return finished
     accelerator = _accelerator(config, folder)
+    if config.train.use_liger_kernel:
+        check_liger(accelerator.device)
     more_metrics = load_metrics(config.train.metrics)
     bench = build(config, tasks)
     if config.train.gradient_checkpointing:
         checkpoint_activations(bench.base.model)
+    if config.train.use_liger_kernel:
+        # After all that asks the model something on the CPU, where the kernels do not run.
+        apply_liger(bench.base.model)
     progress = fit(accelerator, bench, config, folder)
 
     metrics: dict[str, float] = {}
     data: dict[str, Any] = {"log": progress.log, "dev": progress.dev, "skipped_steps": progress.skipped}
+    if progress.samples:
+        data["samples"] = progress.samples
     if bench.counts:
         data["records"] = {split: vars(counts) for split, counts in bench.counts.items()}
     for split in ("dev", "test"):
@@ -133,6 +142,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, whole)
     advance(scheduler, first)
     progress = resume(config, folder, classifier, optimizer, scheduler)
+    samples = Samples(accelerator, bench, config, progress)
     claim(accelerator, folder, config.replace(tasks=[task.name for task in bench.tasks]))
     micro_steps = settings.gradient_accumulation_steps * accelerator.num_processes
     stream = BatchStream(
@@ -183,9 +193,11 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
                 progress.log.append({"step": progress.step, **entry})
                 accelerator.log({f"train/{key}": value for key, value in entry.items()}, step=progress.step)
                 bar.set_postfix(loss=f"{entry['loss']:.3f}", p=f"{p:.2f}")
-            if settings.eval_steps and progress.step % settings.eval_steps == 0 and (best.wanted or not last):
-                _evaluate_dev(accelerator, bench, settings.per_device_eval_batch_size, progress)
-                best.look(classifier)
+            if settings.eval_steps and progress.step % settings.eval_steps == 0:
+                if best.wanted or not last:
+                    _evaluate_dev(accelerator, bench, settings.per_device_eval_batch_size, progress)
+                    best.look(classifier)
+                samples.take(classifier, progress.step)
             regular = bool(settings.save_steps) and progress.step % settings.save_steps == 0
             stopping = asked_to_stop()
             if regular or stopping or progress.step in keep_at:
@@ -200,7 +212,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
                                 f"--resume_from_checkpoint latest")  # fmt: skip
             if best.exhausted():
                 break
-    best.restore(classifier)
+    samples.take(classifier, best.restore(classifier))
     return progress
 
 

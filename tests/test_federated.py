@@ -293,6 +293,10 @@ def test_tuned_settings_win():
         ({"merges": {"ties": 3}}, "merge rule ties is 3"),
         ({"clients": 0}, "--num_clients is 0"),
         ({"rounds": 3}, "max_steps is 4, but must be a multiple of the 3 rounds"),
+        (
+            {"rounds": 2, "settings": SETTINGS | {"init_lora_weights": "pissa"}},
+            "init_lora_weights is pissa, which starts from a base of its own, but the plan has 2 rounds",
+        ),
         ({"rounds": 0}, "rounds is 0, but must be at least 1"),
         ({"settings": SETTINGS | {"max_steps": -1}}, "max_steps is -1, but must be a multiple"),
         ({"split": "dirichelt"}, '--client_split is "dirichelt"'),

@@ -15,10 +15,10 @@ ROWS = [
     ["settings", "config", "yaml_file", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates"]
     + ["errors", "answer_scores", "answer_metric", "metrics"],
     ["adapters", "gates", "gguf", "quantised_base", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
-    + ["packing", "linear_loss", "language_model", "choice_model", "conversations"],
+    + ["initial", "packing", "linear_loss", "language_model", "choice_model", "conversations"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
-    + ["optimizer", "best"]
+    + ["optimizer", "best", "samples", "liger"]
     + ["prefixes", "coalitions", "ledger", "generate"],
     ["figures"],
     ["protocols", "report", "summaries"],

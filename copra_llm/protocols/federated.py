@@ -116,6 +116,10 @@ class Federation:
         """
         own = {name: values[client] for name, values in self.each.items()}
         config = config.replace(**typed_settings(Path("the plan's each"), own))
+        if self.rounds > 1 and config.lora.changes_base:
+            raise InputError(f"init_lora_weights is {config.lora.init_lora_weights}, which starts from a base of its "
+                             f"own, but the plan has {self.rounds} rounds, and the later ones start from what was "
+                             "merged; give one round, or another start")  # fmt: skip
         steps = config.train.max_steps
         if steps < 1 or steps % self.rounds:
             raise InputError(f"max_steps is {steps}, but must be a multiple of the {self.rounds} rounds it is made in")
