@@ -130,7 +130,8 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     optimizer = make_optimizer(classifier, settings)
     # Not prepared: Accelerate would step it once a process, but rate and p(t) count optimizer steps.
     first, whole = config.part.span_in_steps(total_steps)
-    scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, whole)
+    floor = None if settings.min_lr is None else {"min_lr": settings.min_lr}
+    scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, whole, floor)
     advance(scheduler, first)
     progress = resume(config, folder, classifier, optimizer, scheduler)
     claim(accelerator, folder, config.replace(tasks=[task.name for task in bench.tasks]))
