@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
     ["settings", "config", "yaml_file", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates"]
-    + ["errors", "answer_scores", "answer_metric", "metrics"],
+    + ["errors", "answer_scores", "answer_metric", "metrics", "pictures"],
     ["adapters", "gates", "gguf", "quantised_base", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
     + ["packing", "linear_loss", "language_model", "choice_model", "conversations"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
@@ -109,6 +109,7 @@ def test_nothing_outside_is_imported():
         ("copra_llm.results", ("torch", "numpy")),
         ("copra_llm.tasks.instruct.sources", ("torch", "numpy", "transformers", "datasets", "pyarrow")),
         ("copra_llm.tasks.instruct.check", ("torch", "transformers", "datasets", "pyarrow")),
+        ("copra_llm.tasks.clip.folders", ("torch", "transformers", "datasets")),
         ("copra_llm.report", ("torch", "matplotlib")),
         ("copra_llm.cli", ("torch", "matplotlib", "transformers", "numpy")),
     ],
