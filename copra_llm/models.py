@@ -33,6 +33,7 @@ from copra_llm.errors import InputError, nearest
 from copra_llm.gguf import TORN_GGUF, UNREADABLE, converted_gguf, gguf_arguments, gguf_folder, quiet_loading
 from copra_llm.quantised_base import keep_trainable, quantisation
 from copra_llm.settings import LoraSettings, ModelSettings
+from copra_llm.towers import not_adapted
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Base:
     tokenizer: object
     source: Source
     kind: str
-    """"causal", "seq2seq" or "encoder"."""
+    """"causal", "seq2seq", "encoder" or "dual" (an image and a text tower that meet in one space)."""
     fingerprint: str
     """SHA-256 of the weights, first 16 hex digits."""
 
@@ -216,14 +217,17 @@ def _readable(name: str):
         raise InputError(f'the model "{name}" could not be loaded: {first}') from None
 
 
-_AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel}
+_AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel, "dual": AutoModel}
 
 
 def kind_of(config) -> str:
-    """By the configuration's architecture: "causal", "seq2seq" or "encoder"."""
+    """By the configuration's architecture: "causal", "seq2seq", "encoder" or "dual"."""
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     architecture = (getattr(config, "architectures", None) or [""])[0]
+    # Models that write about pictures have both configurations too, but are "ForConditionalGeneration".
+    if hasattr(config, "text_config") and hasattr(config, "vision_config") and "For" not in architecture:
+        return "dual"
     return "causal" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else "encoder"
 
 
@@ -278,18 +282,31 @@ def _adaptable(module: nn.Module) -> bool:
     return hasattr(module, "in_features") or type(module).__name__ in ("Conv1D", "Embedding")
 
 
-def add_adapter(base: Base, settings: LoraSettings, init_seed: int) -> PeftModel:
-    """Attach a fresh LoRA adapter, initialised from a seed of its own; no global generator moves."""
+def add_adapter(base: Base, settings: LoraSettings, init_seed: int, encoder: str = "both") -> PeftModel:
+    """Attach a fresh LoRA adapter, initialised from a seed of its own; no global generator moves.
+
+    Args:
+        base: keeps its weights.
+        settings: rank, targets and the like.
+        init_seed: of the factors A.
+        encoder: which towers of a dual encoder are adapted: "both", "vision" or "text".
+
+    Raises:
+        InputError: if a target or a layer fits nothing.
+    """
     _check_layers(base.model, settings.lora_layers_to_transform)
+    targets = target_modules(base.model, settings.lora_target_modules)
+    linear = [name for name, module in base.model.named_modules() if _adaptable(module)]
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=target_modules(base.model, settings.lora_target_modules),
+        target_modules=targets,
+        exclude_modules=not_adapted(encoder, linear, targets) if base.kind == "dual" else None,
         layers_to_transform=settings.lora_layers_to_transform,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}[base.kind],
+        task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(base.kind, "FEATURE_EXTRACTION"),
     )
     with torch.random.fork_rng():
         torch.manual_seed(init_seed)

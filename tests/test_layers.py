@@ -15,7 +15,8 @@ ROWS = [
     ["settings", "config", "yaml_file", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates"]
     + ["errors", "answer_scores", "answer_metric", "metrics", "pictures"],
     ["adapters", "gates", "gguf", "quantised_base", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
-    + ["packing", "linear_loss", "language_model", "choice_model", "conversations"],
+    + ["packing", "linear_loss", "language_model", "choice_model", "conversations"]
+    + ["towers", "replaced", "image_inputs", "images", "text_tower", "dual_encoder"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
     + ["optimizer", "best"]
