@@ -212,7 +212,7 @@ class ImageSettings:
         None, "Seed of which training images are taken; unset: the data seed, so runs of other seeds see other images."
     )
     encoder: str = setting("both", "Which towers get adapters: both, vision or text.")
-    template: str | None = setting(None, 'Prompt of a class, with {} for its name; unset: the data set\'s own.')
+    template: str | None = setting(None, "Prompt of a class, with {} for its name; unset: the data set's own.")
     image_cache_bytes: int = setting(2**31, "Decoded images kept in memory, in bytes; those beyond are decoded anew.")
     dataloader_num_workers: int = setting(0, "Processes that decode and transform images; 0: the one that trains.")
 

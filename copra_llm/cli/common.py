@@ -22,7 +22,9 @@ def fresh_output(name: str) -> Path:
 
 def add_data_arguments(parser: argparse.ArgumentParser, task_required: bool = True) -> None:
     """The flags that say which examples an adapter is evaluated on."""
-    parser.add_argument("--task", required=task_required, help='sst2, ... of MTL15; "instruct"; arc_easy, ...; dtd, ...')
+    parser.add_argument(
+        "--task", required=task_required, help='sst2, ... of MTL15; "instruct"; arc_easy, ...; dtd, ...'
+    )
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"))
     parser.add_argument("--data_root", "--data-root", help='folder of the data, "sample" or "hub"; unset: $COPRA_DATA')
     parser.add_argument(
