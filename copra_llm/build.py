@@ -171,6 +171,19 @@ def load_examples(config: RunConfig, task: Task, split: str) -> list[Example]:
     return _own_share(load_split(task, split, root, config.data.max_train_samples), config.part)
 
 
+def training_labels(config: RunConfig, name: str) -> tuple[list[int], int]:
+    """The labels of the examples that a run trains on, and how many labels the task has; no model is loaded.
+
+    Raises:
+        InputError: as `build`.
+    """
+    if asks_images(config, [name]):
+        (run,) = read_run_images(config, [name], ("train",))
+        return [e.label for e in _own_images(run, config.part).splits["train"]], len(run.prompts)
+    task = get_task(name)
+    return [example.label for example in load_examples(config, task, "train")], len(task.labels)
+
+
 def _own_share(examples: list[Any], part: PartSettings) -> list[Any]:
     """This client's share of examples with labels."""
     if part.num_clients == 1:

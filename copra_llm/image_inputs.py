@@ -51,6 +51,15 @@ def _three_numbers(values) -> bool:
 
 def _processor(load_from: str) -> dict | None:
     """The image processor's settings, of a folder or a hub id."""
+    path = processor_file(load_from)
+    if path is None:
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return values.get("image_processor", values)
+
+
+def processor_file(load_from: str) -> Path | None:
+    """The file with the image processor's settings, of a folder or a hub id; None if there is none."""
     for file in FILES:
         path = Path(load_from) / file
         if not Path(load_from).is_dir():
@@ -59,6 +68,5 @@ def _processor(load_from: str) -> dict | None:
             found = cached_file(load_from, file, _raise_exceptions_for_missing_entries=False)
             path = Path(found) if found else path
         if path.is_file():
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return values.get("image_processor", values)
+            return path
     return None

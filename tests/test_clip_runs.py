@@ -13,7 +13,7 @@ import torch
 from image_examples import CLASSES, RUN, TASK, image_config, write_images
 
 from copra_llm.batches import BatchStream, eval_loader, train_loader
-from copra_llm.build import build
+from copra_llm.build import build, training_labels
 from copra_llm.cli import main
 from copra_llm.config import ALL, COMMON, RunConfig, dump_yaml, parse_run_config, read_settings
 from copra_llm.errors import InputError
@@ -175,6 +175,8 @@ def test_spread():
 
 def test_clients_share_the_training_images(config):
     splits = [build(config(num_clients=2, client=c), [TASK], splits=("train",)).splits["train"][TASK] for c in (0, 1)]
+    for client, split in enumerate(splits):
+        assert training_labels(config(num_clients=2, client=client), TASK) == (split.labels, 4)
     sources = [{example.source for example in split.encoded} for split in splits]
     assert not sources[0] & sources[1] and len(sources[0] | sources[1]) == 16
 

@@ -19,6 +19,7 @@ from copra_llm.dual_encoder import DualEncoder
 from copra_llm.errors import InputError
 from copra_llm.evaluate import evaluate
 from copra_llm.evaluator import AdapterEvaluator
+from copra_llm.export import fold
 from copra_llm.gates import LayerGates
 from copra_llm.interpolate import interpolate, line
 from copra_llm.merge import merge
@@ -120,8 +121,8 @@ def test_loss_and_gradients_are_the_references(bench, family, options):
     log_probs = logits - logits.exp().sum(1, keepdim=True).log()
     expected = -log_probs[torch.arange(5), batch["labels"]].mean()
     gradients = torch.autograd.grad(expected, trained.values())
-    for _ in range(2):
-        made.classifier.zero_grad()
+    for training in (True, True, False):
+        made.classifier.train(training).zero_grad()
         loss = made.classifier(batch)
         loss.backward()
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -430,6 +431,20 @@ def test_prompts_are_the_templates(bench):
     ids = made.classifier.prompts[TASK]["input_ids"]
     assert made.base.tokenizer.batch_decode(ids, skip_special_tokens=True)[0].replace(" ", "") == "cattexture."
     assert get_image_task(TASK).template == "a photo of a {}."
+
+
+def test_folded_into_its_base(saved, tiny_clip, image_data, tmp_path):
+    """What transformers loads gives the adapter's scores; the image processor comes along."""
+    weights = saved("tiny_clip")
+    fold(weights.source, tmp_path / "folded", model_name_or_path=str(tiny_clip))
+    inputs = AdapterEvaluator(image_config(tiny_clip, image_data), [TASK], "test")
+    expected = inputs(weights, TASK).nll
+    folded = AdapterEvaluator(image_config(tmp_path / "folded", image_data), [TASK], "test")
+    silent = weights.with_factors(
+        {name: dataclasses.replace(f, lora_B=0 * f.lora_B) for name, f in weights.factors.items()}, "silent"
+    )
+    # Float32 sums W + BA before, not after, the product with x.
+    np.testing.assert_allclose(folded(silent, TASK).nll, expected, rtol=1e-4)
 
 
 def test_saved_adapter_is_plain_peft(saved, tiny_clip, tmp_path):
