@@ -67,6 +67,21 @@ def test_published_counts_are_what_their_splits_sum_to():
             assert abs(counts[split] - share * total) <= counts["classes"]
 
 
+def test_the_readme_has_the_counts_of_the_catalogue():
+    """And each set's folder and split file."""
+    readme = (Path(__file__).parents[1] / "data/clip/README.md").read_text(encoding="utf-8")
+    rows: dict[str, list[str]] = {}
+    for line in readme.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows.setdefault(cells[0], []).extend(cells[1:])
+    for name in (*ELEVEN, "cifar10"):
+        task, cells = get_image_task(name), rows[name]
+        assert cells[0].startswith(task.folder) and all(other in cells[0] for other in task.other_folders)
+        assert task.split_file is None or task.split_file in cells[2]
+        written = [int(cell.split()[0].replace(",", "")) if cell != "–" else None for cell in cells[4:8]]
+        assert written == [task.counts.get(what) for what in ("classes", "train", "dev", "test")], name
+
+
 def test_a_part_of_a_set_takes_its_files_and_template_not_its_counts():
     part, whole = get_image_task("flowers51"), get_image_task("oxford_flowers")
     assert (part.folder, part.split_file, part.template) == (whole.folder, whole.split_file, whole.template)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def config_of(path: str, weights, args: argparse.Namespace):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
     return config.replace(**changes)
+
+
+SHOWN = 20
+"""Broken records or files that a text lists."""
+
+
+def broken_lines(broken: list[dict]) -> Iterator[str]:
+    """The first sentences about what is broken; nothing where nothing is."""
+    if broken:
+        yield "broken"
+        yield from (f"  {entry['sentence']}" for entry in broken[:SHOWN])
+        if len(broken) > SHOWN:
+            yield f"  and {len(broken) - SHOWN:,} more; --json lists all"
 
 
 def bar(unit: str):

@@ -13,13 +13,20 @@ from copra_llm.paths import HUB, SAMPLE
 from copra_llm.tasks.clip.catalogue import ImageTask
 from copra_llm.tasks.clip.examples import ImageData, divided, in_words, with_dev
 from copra_llm.tasks.clip.hub_images import read_hub
-from copra_llm.tasks.clip.layouts import Layout, read_aircraft, read_folders, read_imagenet, read_split
+from copra_llm.tasks.clip.layouts import (
+    Layout,
+    missing_files,
+    read_aircraft,
+    read_folders,
+    read_imagenet,
+    read_split,
+)
 
 
 def read_images(task: ImageTask, root: Path | str) -> ImageData:
     """The class names and the examples of train, dev and test.
 
-    No image is opened; that a split file's images are there is checked by listing their folders.
+    No image is opened; that those named in a split file are there is checked by listing their folders.
 
     Args:
         task: from `get_image_task` or `named_images`.
@@ -28,6 +35,24 @@ def read_images(task: ImageTask, root: Path | str) -> ImageData:
     Raises:
         InputError: for a missing folder or file, a malformed split, or a split without any example.
     """
+    data = named_data(task, root)
+    missing = missing_named(task, data)
+    if missing:
+        more = f" (nor do {len(missing) - 1} others)" if len(missing) > 1 else ""
+        named_in = task_folder(task, root) / (task.split_file or "images_variant_*.txt")
+        raise InputError(f"{named_in} names {missing[0]}, which does not exist{more}; unpack the images there")
+    return data
+
+
+def missing_named(task: ImageTask, data: ImageData) -> list[Path]:
+    """Images that a split file names and that are not there."""
+    if task.layout not in ("split", "aircraft"):
+        return []
+    return missing_files(example for examples in data.splits.values() for example in examples)
+
+
+def named_data(task: ImageTask, root: Path | str) -> ImageData:
+    """As `read_images`, but images that are named need not be there."""
     names, splits = read_hub(task.folder) if task.layout == "hub" else _read(task, root)
     splits = with_dev(splits) if "test" in splits else divided(splits["train"])
     data = ImageData(tuple(in_words(name, task.renamed) for name in names), splits)

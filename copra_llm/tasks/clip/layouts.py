@@ -6,7 +6,7 @@
     folders    {train,val,test}/<class>/<image>, or <class>/<image>
 
 Every function gives class names as the files have them, and the splits that are there, under the names "train", "dev"
-and "test".
+and "test"; no image is opened, nor looked for where a file names it (`missing_files`).
 
 Source: CoOp's DATASETS.md for the first three.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -38,8 +38,7 @@ def read_split(split_file: Path, images: Path) -> Layout:
     """CoOp's `split_zhou_*.json`.
 
     Raises:
-        InputError: for a file that is missing or is no such JSON, labels with gaps or two names, or images that are
-            not there.
+        InputError: for a file that is missing or is no such JSON, or labels with gaps or two names.
     """
     table = _split_table(split_file)
     names: dict[int, str] = {}
@@ -54,7 +53,6 @@ def read_split(split_file: Path, images: Path) -> Layout:
     gaps = set(range(len(names))) ^ names.keys()
     if gaps:
         raise InputError(f"{split_file} numbers its classes with gaps (label {min(gaps)}); number them from 0 on")
-    _must_exist(splits, str(split_file))
     return [names[label] for label in range(len(names))], splits
 
 
@@ -77,26 +75,24 @@ def _entry(entry, place: str) -> tuple[str, int, str]:
     return entry[0], entry[1], entry[2]
 
 
-def _must_exist(splits: dict[str, list[ImageExample]], named_in: str) -> None:
-    """One look into each folder, not one at each file: a set has a million files in a thousand folders."""
+def missing_files(examples: Iterable[ImageExample]) -> list[Path]:
+    """The files that are not there: one look into each folder, not one at each of what may be a million files."""
     files: dict[Path, set[str]] = {}
     missing = []
-    for example in (e for examples in splits.values() for e in examples):
+    for example in examples:
         folder = example.source.parent
         if folder not in files:
             files[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
         if example.source.name not in files[folder]:
             missing.append(example.source)
-    if missing:
-        more = f" (nor do {len(missing) - 1} others)" if len(missing) > 1 else ""
-        raise InputError(f"{named_in} names {missing[0]}, which does not exist{more}; unpack the images there")
+    return missing
 
 
 def read_aircraft(folder: Path, images: Path) -> Layout:
     """FGVC Aircraft's text files, by variant.
 
     Raises:
-        InputError: for a missing file, an unknown variant, or images that are not there.
+        InputError: for a missing file or an unknown variant.
     """
     names = _lines(folder / "variants.txt")
     labels = {name: label for label, name in enumerate(names)}
@@ -109,7 +105,6 @@ def read_aircraft(folder: Path, images: Path) -> Layout:
             if variant not in labels:
                 raise InputError(f'{path}, line {number} names "{variant}", which variants.txt has not; mend it')
             examples.append(ImageExample(images / f"{image}.jpg", labels[variant]))
-    _must_exist(splits, str(folder / "images_variant_*.txt"))
     return names, splits
 
 
@@ -172,7 +167,7 @@ def read_folders(root: Path) -> Layout:
             raise InputError(f"{parts[split]} has the class {strange[0]}, which {parts['train']} has not; the splits "
                              "need the same classes")  # fmt: skip
     splits = {
-        split: [ImageExample(p, label) for label, name in enumerate(names) for p in image_files(folder / name)]
+        split: [ImageExample(p, label) for label, name in enumerate(names) for p in sorted(image_files(folder / name))]
         for split, folder in parts.items()
     }
     empty = next((split for split, examples in splits.items() if not examples), None)
@@ -181,13 +176,11 @@ def read_folders(root: Path) -> Layout:
     return names, splits
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images below a folder, sorted, by the ending of their names; hidden files are none."""
-    found = []
+def image_files(folder: Path) -> Iterator[Path]:
+    """The images below a folder, by the ending of their names; hidden files are none. In no order."""
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, f) for f in files if not f.startswith(".") and f.lower().endswith(ENDINGS)]
-    return sorted(found)
+        yield from (Path(parent, f) for f in files if not f.startswith(".") and f.lower().endswith(ENDINGS))
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -195,8 +188,4 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
-    return next(_folders(root, names), None)
-
-
-def _folders(root: Path, names: Iterable[str]):
-    return (root / name for name in names if (root / name).is_dir())
+    return next((root / name for name in names if (root / name).is_dir()), None)
