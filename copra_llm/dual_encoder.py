@@ -71,10 +71,10 @@ class DualEncoder(Grading, nn.Module):
         """Class scores `(batch, classes)`, or the mean cross-entropy in nats."""
         whole = self.model.get_base_model()
         text = self.text.features(batch["task"], whole, self.training)
-        image = self._image_features(batch["pixels"])
+        image = self.image_features(batch["pixels"])
         # Scores of some 100 need more digits than bfloat16 has.
         with torch.autocast(image.device.type, enabled=False):
-            image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+            text = F.normalize(text.float(), dim=-1)
             logits = whole.logit_scale.float().exp() * image @ text.T  # (batch, dim) @ (dim, classes)
             logits = logits + getattr(whole, "logit_bias", 0.0)
             return logits if scores else F.cross_entropy(logits, batch["labels"])
@@ -85,8 +85,8 @@ class DualEncoder(Grading, nn.Module):
         tokens = {key: value.to(whole.device) for key, value in self.prompts[task].items()}
         return whole.get_text_features(**tokens).pooler_output
 
-    def _image_features(self, pixels: Tensor) -> Tensor:
-        """Features of a batch `(batch, dim)`, not of length 1 yet.
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Features of length 1, float32 `(batch, dim)`, of views, uint8 `(batch, size, size, 3)`.
 
         Where nothing acts in the vision tower, those of the last batch are kept: coalitions of text layers all see
         the same ones.
@@ -94,12 +94,12 @@ class DualEncoder(Grading, nn.Module):
         whole = self.model.get_base_model()
         parts = tower(whole, "vision")
         if acting(parts):
-            return self._encode_images(pixels)
+            return F.normalize(self._encode_images(pixels).float(), dim=-1)
         key = surroundings(parts)
         if self._last_images is None or self._last_images[0] is not pixels or self._last_images[1] != key:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 self._last_images = (pixels, key, self._encode_images(pixels))
-        return self._last_images[2]
+        return F.normalize(self._last_images[2].float(), dim=-1)
 
     def _encode_images(self, pixels: Tensor) -> Tensor:
         whole = self.model.get_base_model()

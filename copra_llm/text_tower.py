@@ -65,8 +65,7 @@ class TextTower:
             return self._counted(task)
         key = (task, state, *surroundings(parts))
         if key not in self._features:
-            # Made in inference mode, they could not take part in a later training step.
-            with torch.inference_mode(False), torch.no_grad(), _evaluating(parts.values()):
+            with torch.no_grad(), _evaluating(parts.values()):
                 self._features[key] = self._counted(task)
             while len(self._features) > 1 and sum(f.nbytes for f in self._features.values()) > KEPT_BYTES:
                 self._features.popitem(last=False)
@@ -99,6 +98,7 @@ class TextTower:
         def kept(*args, **kwargs):
             output = run(*args, **kwargs)
             size = sum(t.nbytes for t in (output if isinstance(output, tuple) else (output,)) if t is not None)
+            # Made in inference mode, it could not be saved for a later step's gradient.
             if self._below_bytes + size <= KEPT_BYTES and not torch.is_inference_mode_enabled():
                 self._below[key] = output
                 self._below_bytes += size

@@ -356,21 +356,23 @@ def test_a_step_computes_the_text_tower_from_its_lowest_active_layer(bench):
     assert not any("text_model" in name for name in vision_only) and vision_only.keys() == once_more.keys()
 
 
-def test_features_kept_in_evaluation_serve_a_later_step(bench):
-    """Tensors of inference mode cannot take part in training: none may be kept."""
-    made = bench("tiny_clip", encoder="vision")
+@pytest.mark.parametrize("options", [{"encoder": "vision"}, {"encoder": "text"}, {"lora_layers_to_transform": [1]}])
+def test_what_inference_mode_has_kept_serves_a_later_step(bench, options):
+    """Its tensors cannot be saved for a gradient: those that would have to be are not kept."""
+    made = bench("tiny_clip", **options)
     batch = batch_of(made)
     with torch.inference_mode():
         made.classifier(batch, scores=True)
-    made.classifier.train()
+        made.classifier.train()
+        made.classifier(batch, scores=True)
     made.classifier(batch).backward()
-    assert made.classifier.text.encoded == 1
+    assert made.classifier.text.encoded == (1 if options == {"encoder": "vision"} else 3)
 
 
 def test_a_random_frozen_tower_is_not_kept_below(bench):
     """Where the base itself drops out, what lies below changes from step to step."""
     made = bench("tiny_clip", lora_layers_to_transform=[2])
-    for layer in made.base.model.text_model.encoder.layers:
+    for layer in made.base.model.text_model.encoder.layers[:2]:
         layer.self_attn.dropout = 0.5
     own, batch = made.classifier.train(), batch_of(made)
     torch.manual_seed(0)

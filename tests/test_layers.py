@@ -16,7 +16,7 @@ ROWS = [
     + ["errors", "answer_scores", "answer_metric", "metrics", "pictures"],
     ["adapters", "gates", "gguf", "quantised_base", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
     + ["packing", "linear_loss", "language_model", "choice_model", "conversations"]
-    + ["towers", "replaced", "image_inputs", "images", "text_tower", "dual_encoder"],
+    + ["towers", "replaced", "image_inputs", "images", "text_tower", "dual_encoder", "linear_probe"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
     + ["optimizer", "best"]
