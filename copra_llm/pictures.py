@@ -83,8 +83,7 @@ def as_rgb(image: Image.Image, source: Path | Stored) -> Image.Image:
     """The image upright, in mode RGB.
 
     Raises:
-        InputError: for pixels whose range nothing says, and colours that Pillow does not convert; the message names
-            `source`.
+        InputError: for pixels whose range nothing says; the message names `source`.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -92,12 +91,7 @@ def as_rgb(image: Image.Image, source: Path | Stored) -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         # Straight to RGB Pillow warns; the colours are the same.
         image = image.convert("RGBA")
-    try:
-        return image.convert("RGB")
-    except ValueError:
-        raise InputError(
-            f"{source} has colours of mode {image.mode}, which are not converted; store it as RGB"
-        ) from None
+    return image.convert("RGB")
 
 
 def _eight_bits(pixels: np.ndarray, mode: str, source: Path | Stored) -> np.ndarray:
