@@ -104,35 +104,40 @@ def _eight_bits(pixels: np.ndarray, mode: str, source: Path | Stored) -> np.ndar
 def view_rng(seed: int, micro_batch: int, position: int) -> np.random.Generator:
     """The random numbers of one view: of the example at `position` of a micro-batch.
 
-    Counter word 2 is 3, where `batches` has 1 and 2 and the masks 0: with equal seeds the streams differ.
+    Counter word 2 is 3, where batches have 1 and 2, masks 0 and shots 5: with equal seeds the streams differ.
     """
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, micro_batch, 3, position]))
 
 
-def train_view(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def train_view(
+    image: np.ndarray, size: int, rng: np.random.Generator, scale: tuple[float, float] = SCALE
+) -> np.ndarray:
     """A random part of the image, flipped at even odds.
 
     Args:
         image: uint8 `(height, width, 3)`.
         size: of the view, pixels.
         rng: from `view_rng`.
+        scale: least and greatest share of the image's area.
 
     Returns:
         uint8 `(size, size, 3)`.
     """
-    top, left, height, width = random_box(*image.shape[:2], rng)
+    top, left, height, width = random_box(*image.shape[:2], rng, scale)
     part = Image.fromarray(image[top : top + height, left : left + width])
     view = np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
     return view[:, ::-1] if rng.random() < 0.5 else view
 
 
-def random_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random part: area uniform in `SCALE`, log of the aspect uniform in `RATIO`.
+def random_box(
+    height: int, width: int, rng: np.random.Generator, scale: tuple[float, float] = SCALE
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random part: area uniform in `scale`, log of the aspect uniform in `RATIO`.
 
     Ten tries; if none fits into the image, the middle, as wide or high as `RATIO` allows.
     """
     for _ in range(10):
-        area = height * width * rng.uniform(*SCALE)
+        area = height * width * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

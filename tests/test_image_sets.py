@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -322,7 +323,14 @@ def test_shots_are_pure_in_the_seed_and_nested():
     assert set(four) < set(sixteen) and len(set(sixteen)) == 48
     assert few_shot(examples[30:60], 4, 5) == four[4:8]
     assert few_shot(examples, 4, 6) != four
-    assert [e.source.stem for e in few_shot(heap({3: 10}), 4, 1)] == ["2", "6", "5", "8"]
+    assert [e.source.stem for e in few_shot(heap({3: 10}), 4, 1)] == ["3", "7", "9", "6"]
+
+
+def test_shots_share_no_stream_with_masks():
+    """A mask is drawn with counter (0, step, 0, 0): with one seed, step 3 must not repeat what label 3 drew."""
+    mask_stream = np.random.Generator(np.random.Philox(key=1, counter=[0, 3, 0, 0]))
+    drawn = [int(e.source.stem) for e in few_shot(heap({3: 100}), 100, 1)]
+    assert drawn != list(mask_stream.permutation(100))
 
 
 def test_a_class_with_too_few_shots_is_refused_with_its_name():
