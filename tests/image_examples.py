@@ -23,9 +23,9 @@ RUN = {"method": "copra", "max_steps": 6, "per_device_train_batch_size": 3, "per
        "tasks": [TASK]}  # fmt: skip
 
 
-def write_images(root: Path, classes=CLASSES, counts=COUNTS) -> Path:
-    """CIFAR-10's folder with a few of its classes: noise around a colour of the class."""
-    rng, folder = np.random.default_rng(0), root / TASK
+def write_images(root: Path, classes=CLASSES, counts=COUNTS, place: str = TASK, split_file: str = "split.json") -> Path:
+    """A set's folder below `root`, with a few classes: noise around a colour of the class."""
+    rng, folder = np.random.default_rng(0), root / place
     table: dict[str, list] = {split: [] for split in counts}
     for label, name in enumerate(classes):
         colour = rng.integers(40, 216, 3)
@@ -37,7 +37,7 @@ def write_images(root: Path, classes=CLASSES, counts=COUNTS) -> Path:
                 (folder / "images" / name).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(folder / "images" / file)
                 table[split].append([file, label, name])
-    (folder / "split.json").write_text(json.dumps(table), encoding="utf-8")
+    (folder / split_file).write_text(json.dumps(table), encoding="utf-8")
     return root
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_examples import CLASSES, RUN, TASK, image_config, write_images
+from image_examples import CLASSES, COUNTS, RUN, TASK, image_config, write_images
 
 from copra_llm.batches import BatchStream, eval_loader, train_loader
 from copra_llm.build import build, training_labels
@@ -120,6 +120,31 @@ def test_a_training_view_is_a_function_of_its_place(config):
     assert np.array_equal(views[0], splits[0].views(example, (0, 0, 0)))
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_read_the_stream_in_turns(config, processes):
+    """Whichever of them reads a micro-batch, its number and its places are the stream's."""
+    from accelerate.data_loader import BatchSamplerShard
+
+    splits = list(build(config(), [TASK], splits=("train",)).splits["train"].values())
+    sampler = train_loader(None, splits, BatchStream(splits, 3, 0, 6, 6 + 2 * processes)).batch_sampler
+    shards = [list(BatchSamplerShard(sampler, processes, rank)) for rank in range(processes)]
+    assert [batch for turn in zip(*shards, strict=True) for batch in turn] == list(sampler)
+    assert [item[:2] for item in shards[1][0]] == [(7, 0), (7, 1), (7, 2)]
+
+
+def test_several_sets_share_one_adapter(config, tmp_path):
+    """--joint: micro-batches are of one set after the other, each with its own prompts."""
+    write_images(tmp_path, ("pie", "soup"), COUNTS, "food-101", "split_zhou_Food101.json")
+    shutil.copytree(Path(config().data.data_root) / TASK, tmp_path / TASK)
+    both = config(data_root=str(tmp_path), tasks=[TASK, "food101"], joint=True, max_steps=4)
+    result = train_adapter(both, [TASK, "food101"], tmp_path / "run")
+    assert {"test/cifar10/accuracy", "test/food101/accuracy"} <= result.metrics.keys()
+    alone = ["evaluate", str(tmp_path / "run"), "--task", "food101", "--output", str(tmp_path / "one.json")]
+    assert main(alone) == 0
+    found = read_result(tmp_path / "one.json").metrics["test/food101/loss"]
+    assert found == pytest.approx(result.metrics["test/food101/loss"], rel=1e-6)
+
+
 def test_evaluation_sees_the_middle(config):
     bench = build(config(), [TASK], splits=("test",))
     split = bench.splits["test"][TASK]
@@ -163,6 +188,7 @@ def test_shots_follow_their_seed(config):
     first = drawn()
     assert [len(first[s]) for s in splits] == [4 * 4, 4 * 3, 4 * 5]
     assert drawn(seed=1)["train"] != first["train"] == drawn(seed=1, shot_seed=0)["train"]
+    assert drawn(seed=1)["dev"] == first["dev"], "runs are compared on the same"
     assert drawn(seed=1, data_seed=0)["train"] == first["train"] == drawn(method="lora", mask_seed=9)["train"]
     assert len(drawn(shots=None)["train"]) == 4 * 6
     limited = drawn(max_eval_samples=8)["test"]
