@@ -253,7 +253,7 @@ class TrainSettings:
     learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.")
     loraplus_lr_ratio: float | None = setting(None, "LoRA+: the factors B learn so many times faster; unset: alike.")
     lr_scheduler_type: str = setting("cosine", f"One of {', '.join(SCHEDULERS)}.")
-    min_lr: float | None = setting(None, f"Learning rate at the end of {FLOORED}; unset: of no other scheduler.")
+    min_lr: float = setting(0.0, f"Learning rate at the end of {FLOORED}; 0 for all others.")
     warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm (of the active layers); 0: never.")
@@ -316,11 +316,11 @@ class TrainSettings:
         if self.lr_scheduler_type not in SCHEDULERS:
             hint, known = nearest(self.lr_scheduler_type, SCHEDULERS), ", ".join(SCHEDULERS)
             raise InputError(f'--lr_scheduler_type is "{self.lr_scheduler_type}"{hint}, but must be one of {known}')
-        if (self.lr_scheduler_type == FLOORED) != (self.min_lr is not None):
-            raise InputError(f"--lr_scheduler_type is {self.lr_scheduler_type} and --min_lr is {self.min_lr}, but "
-                             f"{FLOORED} and a rate to end at go together; give both or neither")  # fmt: skip
-        if self.min_lr is not None and not 0.0 <= self.min_lr <= self.learning_rate:
+        if not 0.0 <= self.min_lr <= self.learning_rate:
             raise InputError(f"--min_lr is {self.min_lr}, but must lie in [0, --learning_rate]")
+        if self.min_lr > 0.0 and self.lr_scheduler_type != FLOORED:
+            raise InputError(f"--min_lr is {self.min_lr}, but --lr_scheduler_type {self.lr_scheduler_type} knows no "
+                             f"rate to end at; give --min_lr 0, or {FLOORED}")  # fmt: skip
         if any(not 0.0 < fraction <= 1.0 for fraction in self.checkpoint_at):
             raise InputError(f"--checkpoint_at is {self.checkpoint_at}, but fractions must lie in (0, 1]")
         if self.keeps_best and self.eval_steps is None:

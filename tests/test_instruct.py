@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from copra_llm.adapters import load_adapter_weights
 from copra_llm.build import build
 from copra_llm.coalitions import CoalitionGame
-from copra_llm.config import ALL, RunConfig, parse_run_config
+from copra_llm.config import COMMON, RunConfig, parse_run_config
 from copra_llm.conversations import InstructTask
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
@@ -27,6 +27,7 @@ from copra_llm.protocols.plans import read_plans
 from copra_llm.protocols.sweep import Sweep, run_sweep
 from copra_llm.report import connectivity_table, find_results
 from copra_llm.results import read_result
+from copra_llm.settings import InstructSettings
 from copra_llm.shapley import exact
 from copra_llm.train import train_adapter
 
@@ -337,12 +338,14 @@ def test_the_command_evaluates_on_other_conversations(finished, tmp_path, capsys
 
 
 def test_the_recipe_has_the_flags_of_conversations(tmp_path):
-    config = parse_run_config(["--dataset_name", "a.jsonl:2", "b", "--packing", "--turns", "last"], groups=ALL)
+    config = parse_run_config(
+        ["--dataset_name", "a.jsonl:2", "b", "--packing", "--turns", "last"], groups=(*COMMON, InstructSettings)
+    )
     assert config.instruct.dataset_name == ["a.jsonl:2", "b"] and config.instruct.packing
     assert RunConfig.from_flat(config.flat()) == config
     assert RunConfig().instruct is None and "dataset_name" not in RunConfig().flat()
     with pytest.raises(InputError, match="--dataset_name is empty"):
-        parse_run_config([], groups=ALL)
+        parse_run_config([], groups=groups)
     with pytest.raises(InputError, match="there is no flag --dataset_name"):
         parse_run_config(["--dataset_name", "a"])
 
