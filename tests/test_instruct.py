@@ -338,9 +338,8 @@ def test_the_command_evaluates_on_other_conversations(finished, tmp_path, capsys
 
 
 def test_the_recipe_has_the_flags_of_conversations(tmp_path):
-    config = parse_run_config(
-        ["--dataset_name", "a.jsonl:2", "b", "--packing", "--turns", "last"], groups=(*COMMON, InstructSettings)
-    )
+    groups = (*COMMON, InstructSettings)
+    config = parse_run_config(["--dataset_name", "a.jsonl:2", "b", "--packing", "--turns", "last"], groups=groups)
     assert config.instruct.dataset_name == ["a.jsonl:2", "b"] and config.instruct.packing
     assert RunConfig.from_flat(config.flat()) == config
     assert RunConfig().instruct is None and "dataset_name" not in RunConfig().flat()
