@@ -35,13 +35,13 @@ class DualEncoder(Grading, nn.Module):
     """A dual encoder with its adapter.
 
     Args:
-        base: the loaded base model.
+        base: the loaded base model, of the kind "dual".
         model: the same model with its adapter.
         prompts: `{task's name: one prompt a class}`.
         inputs: how the vision tower wants its images.
 
     Raises:
-        InputError: if the base model is no dual encoder, or a prompt is longer than its text tower reads.
+        InputError: if the base model scores in another way, or a prompt is longer than its text tower reads.
     """
 
     apart = ("text_",)
@@ -49,9 +49,9 @@ class DualEncoder(Grading, nn.Module):
 
     def __init__(self, base: Base, model: nn.Module, prompts: dict[str, Sequence[str]], inputs: ImageInputs):
         super().__init__()
-        if base.kind != "dual" or not hasattr(base.model, "logit_scale"):
-            raise InputError(f"{base.source.name} is of the kind {base.kind}, but images are classified by a dual "
-                             "encoder (CLIP, SigLIP); give one as --model_name_or_path")  # fmt: skip
+        if not hasattr(base.model, "logit_scale"):
+            raise InputError(f"{base.source.name} has no logit_scale, with which CLIP and SigLIP score classes; give "
+                             "one of them as --model_name_or_path")  # fmt: skip
         self.model = model
         self.inputs = inputs
         self.prompts = {task: _tokens(base, texts) for task, texts in prompts.items()}

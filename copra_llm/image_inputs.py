@@ -32,8 +32,11 @@ def image_inputs(base: Base) -> ImageInputs:
     """What the model's configuration and its image processor's say.
 
     Raises:
-        InputError: if the model has no image processor's configuration, or it lacks mean or spread.
+        InputError: if the model is no dual encoder, has no image processor's configuration, or it lacks what is needed.
     """
+    if base.kind != "dual":
+        raise InputError(f"{base.source.name} is of the kind {base.kind}, but images are classified by a dual encoder "
+                         "(CLIP, SigLIP); give one as --model_name_or_path")  # fmt: skip
     values = _processor(base.source.load_from)
     if values is None:
         raise InputError(f"{base.source.name} has no {FILES[0]}, which says how its images are normalised; save its "
@@ -42,7 +45,11 @@ def image_inputs(base: Base) -> ImageInputs:
     if not (_three_numbers(mean) and _three_numbers(std)):
         raise InputError(f"the {FILES[0]} of {base.source.name} has image_mean {mean} and image_std {std}, but both "
                          "must be three numbers; mend it")  # fmt: skip
-    return ImageInputs(base.model.config.vision_config.image_size, tuple(mean), tuple(std))
+    size = getattr(base.model.config.vision_config, "image_size", None)
+    if not isinstance(size, int):
+        raise InputError(f"{base.source.name} reads images of size {size}, but squares of one size are needed; give "
+                         "another --model_name_or_path")  # fmt: skip
+    return ImageInputs(size, tuple(mean), tuple(std))
 
 
 def _three_numbers(values) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from image_examples import CLASSES, COUNTS, RUN, TASK, image_config, write_images
 
 from copra_llm.batches import BatchStream, eval_loader, train_loader
@@ -17,6 +18,7 @@ from copra_llm.build import build, training_labels
 from copra_llm.cli import main
 from copra_llm.config import ALL, COMMON, RunConfig, dump_yaml, parse_run_config, read_settings
 from copra_llm.errors import InputError
+from copra_llm.evaluate import evaluate
 from copra_llm.images import Views, own_name, read_run_images, spread
 from copra_llm.pictures import decode, eval_view
 from copra_llm.results import read_result
@@ -24,11 +26,12 @@ from copra_llm.saved_runs import read_run
 from copra_llm.settings import ImageSettings
 from copra_llm.train import train_adapter
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT, RECIPE = Path(__file__).resolve().parents[1], "recipes/train_clip.py"
 
 
-def recipe():
-    spec = importlib.util.spec_from_file_location("train_clip", ROOT / "recipes" / "train_clip.py")
+def script(file: str):
+    """A script of the project as a module."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, ROOT / file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -97,6 +100,13 @@ def test_half_precision(config, tmp_path, runs):
     assert result.metrics["test/cifar10/loss"] != full.metrics["test/cifar10/loss"]
     # Eight bits of mantissa through seven layers and six steps; another adapter is several tenths away.
     assert abs(result.metrics["test/cifar10/loss"] - full.metrics["test/cifar10/loss"]) < 0.1
+
+
+def test_colours_are_learned(config, tmp_path):
+    """Four classes that differ in colour, sixteen images: far above chance, and above the random model before."""
+    learned = config(method="lora", max_steps=60, per_device_train_batch_size=8, lora_dropout=0.0, learning_rate=5e-3)
+    result = train_adapter(learned, [TASK], tmp_path / "run")
+    assert result.metrics["test/cifar10/accuracy"] >= 60.0
 
 
 # --- views ------------------------------------------------------------------------------------------------
@@ -254,11 +264,27 @@ def test_a_sets_name_is_known(runs, capsys):
     assert 'did you mean "oxford_flowers"' in capsys.readouterr().err
 
 
+def test_baselines_see_the_frozen_model(tiny_clip, image_data, tmp_path, capsys):
+    """Zero-shot is what an adapter of zeros gives; what has a record is not done again."""
+    flags = ["--tasks", TASK, "--shots", "4", "--model_name_or_path", str(tiny_clip), "--data_root", str(image_data),
+             "--output_dir", str(tmp_path)]  # fmt: skip
+    script("eval/clip/baselines.py").main(flags)
+    records = {way: read_result(tmp_path / TASK / f"{way}-4-seed0.json") for way in ("zero-shot", "linear-probe")}
+    bench = build(image_config(tiny_clip, image_data), [TASK], splits=("test",))
+    untrained = evaluate(Accelerator(), bench.classifier, bench.splits["test"][TASK], 128)
+    assert records["zero-shot"].metrics["test/cifar10/loss"] == pytest.approx(untrained.loss, rel=1e-6)
+    probe = records["linear-probe"].metrics["test/cifar10/accuracy"]
+    assert probe >= 60.0, "colours can be told apart in the features"
+    capsys.readouterr()
+    script("eval/clip/baselines.py").main(flags)
+    assert capsys.readouterr().out == ""
+
+
 # --- settings ---------------------------------------------------------------------------------------------
 
 
 def test_the_recipes_protocol_is_clip_loras():
-    made = recipe()
+    made = script(RECIPE)
     config = made.resolved(parse_run_config(["--shots", "4"], None, (*COMMON, ImageSettings), made.DEFAULTS))
     train, lora = config.train, config.lora
     assert (train.max_steps, train.per_device_train_batch_size, train.weight_decay) == (2000, 32, 1e-2)
@@ -271,7 +297,7 @@ def test_the_recipes_protocol_is_clip_loras():
 
 def test_the_recipe_runs(tiny_clip, image_data, tmp_path):
     flags = [f"--{key}={value}" for key, value in RUN.items() if key not in ("tasks", "checkpoint_at")]
-    code = recipe().main([*flags, "--tasks", TASK, "--model_name_or_path", str(tiny_clip), "--data_root",
+    code = script(RECIPE).main([*flags, "--tasks", TASK, "--model_name_or_path", str(tiny_clip), "--data_root",
                           str(image_data), "--output_dir", str(tmp_path)])  # fmt: skip
     assert code in (0, None) and json.loads((tmp_path / TASK / "result.json").read_text())["steps"] == 6
     assert read_run(tmp_path / TASK).config.image.shots == 4

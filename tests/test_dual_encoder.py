@@ -21,6 +21,7 @@ from copra_llm.evaluate import evaluate
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.export import fold
 from copra_llm.gates import LayerGates
+from copra_llm.image_inputs import image_inputs
 from copra_llm.interpolate import interpolate, line
 from copra_llm.merge import merge
 from copra_llm.models import add_adapter, load_base
@@ -397,7 +398,7 @@ def test_lowest_acting(names, lowest):
 
 
 def test_no_dual_encoder(tiny_bert, image_data):
-    with pytest.raises(InputError, match="preprocessor_config|is of the kind encoder"):
+    with pytest.raises(InputError, match="is of the kind encoder, but images"):
         build(image_config(tiny_bert, image_data), [TASK])
 
 
@@ -421,6 +422,20 @@ def test_a_model_without_its_image_processor(tiny_clip, image_data, tmp_path):
         '{"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}}'
     )
     assert build(image_config(copy, image_data), [TASK]).classifier.inputs.mean == (0.1, 0.2, 0.3)
+
+
+def test_images_of_no_fixed_size(bench):
+    base = bench("tiny_clip").base
+    base.model.config.vision_config.image_size = None
+    with pytest.raises(InputError, match="reads images of size None"):
+        image_inputs(base)
+
+
+def test_another_way_to_score(bench):
+    base = bench("tiny_clip").base
+    del base.model.logit_scale
+    with pytest.raises(InputError, match="has no logit_scale"):
+        DualEncoder(base, base.model, {TASK: PROMPTS}, image_inputs(base))
 
 
 def test_noise_on_embeddings_is_refused(tiny_clip, image_data):
