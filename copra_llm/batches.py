@@ -3,14 +3,15 @@
 Training reads an endless stream: the epochs' permutations one after another, cut into windows of a few
 batches; within a window examples of like length are put together, and the window's batches are shuffled.
 Micro-batch i is a pure function of (data seed, i), so a resumed run needs no saved position, and every
-batch is full. With several tasks the micro-batches take turns.
+batch is full. With several tasks the micro-batches take turns. A random view of an example (an image's crop) is a
+function of the data seed and its place in the stream, whichever process makes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +28,23 @@ def window_batches(n: int, batch_size: int) -> int:
     return max(1, min(WINDOW, n // batch_size))
 
 
+Place = tuple[int, int, int]
+"""Data seed, micro-batch, and position in it."""
+
+
+class Views(Protocol):
+    """Makes what a batch takes of an example that is not ready yet: an image, say, which has to be decoded."""
+
+    workers: int
+    """Processes in which views are made; 0: the one that trains."""
+
+    def __call__(self, encoded: Any, place: Place | None) -> Any:
+        """A random view of an example, a function of its place in the training stream; None: that for evaluation."""
+
+    def prepare(self, encoded: list[Any]) -> None:
+        """Called before processes are started that make views of these examples."""
+
+
 @dataclass(frozen=True)
 class EncodedSplit:
     """One split of one task, tokenised."""
@@ -39,6 +57,8 @@ class EncodedSplit:
     """Tokens of each example `(n,)`."""
     targets: np.ndarray | None = None
     """Trained tokens of each example `(n,)`, where the loss is a mean over tokens and not over examples."""
+    views: Views | None = None
+    """None: a batch takes the examples as they are."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,6 +67,17 @@ class EncodedSplit:
     def scale(self) -> float:
         """What an example's summed loss is multiplied with, so that the mean over examples is the split's loss."""
         return 1.0 if self.targets is None else len(self) / float(self.targets.sum())
+
+    def view(self, index: int, place: Place | None = None) -> Any:
+        """What a batch takes of an example; training says where it stands."""
+        return self.encoded[index] if self.views is None else self.views(self.encoded[index], place)
+
+    def processes(self) -> int:
+        """How many processes a loader should start for this split, which is prepared for them."""
+        if self.views is None or self.views.workers == 0:
+            return 0
+        self.views.prepare(self.encoded)
+        return self.views.workers
 
 
 def encode_split(classifier, task: Task, examples: list[Example]) -> EncodedSplit:
@@ -98,34 +129,71 @@ class BatchStream(Sampler):
 def train_loader(classifier, splits: list[EncodedSplit], stream: BatchStream) -> DataLoader:
     """The training stream as collated batches."""
 
-    def collate(rows: list[tuple[EncodedSplit, int]]) -> dict:
+    def collate(rows: list[tuple[EncodedSplit, int, Any]]) -> dict:
         split = rows[0][0]
-        return classifier.collate(split.task, [s.encoded[i] for s, i in rows], [s.labels[i] for s, i in rows])
+        return classifier.collate(split.task, [view for _, _, view in rows], [s.labels[i] for s, i, _ in rows])
 
     # An iterator draws a seed as it starts, by default from the global generator: that would move the dropout of a
     # run's first step, and of the first after resuming.
-    return DataLoader(_Rows(splits), batch_sampler=stream, collate_fn=collate, generator=torch.Generator())
+    return DataLoader(
+        _Rows(splits, stream.seed),
+        batch_sampler=_Numbered(stream),
+        collate_fn=collate,
+        num_workers=max(split.processes() for split in splits),
+        generator=torch.Generator(),
+    )
 
 
 def eval_loader(classifier, split: EncodedSplit, batch_size: int) -> DataLoader:
     """Every example once, longest first (so that memory runs out at once or not at all), with its `index`."""
     order = np.argsort(-split.lengths, kind="stable")
 
-    def collate(indices: list[int]) -> dict:
-        batch = classifier.collate(split.task, [split.encoded[i] for i in indices], [split.labels[i] for i in indices])
+    def collate(rows: list[tuple[int, Any]]) -> dict:
+        indices = [index for index, _ in rows]
+        batch = classifier.collate(split.task, [view for _, view in rows], [split.labels[i] for i in indices])
         return {**batch, "index": torch.tensor(indices)}
 
-    return DataLoader([int(i) for i in order], batch_size=batch_size, collate_fn=collate)
+    examples = _Ordered(split, order)
+    return DataLoader(examples, batch_size=batch_size, collate_fn=collate, num_workers=split.processes())
+
+
+class _Numbered(Sampler):
+    """A stream's batches as (micro-batch, position, split, index): which process reads them does not matter."""
+
+    def __init__(self, stream: BatchStream):
+        self.stream, self.batch_size, self.drop_last = stream, stream.batch_size, stream.drop_last
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int, int]]]:
+        for micro_batch, batch in enumerate(self.stream, self.stream.start):
+            yield [(micro_batch, position, *key) for position, key in enumerate(batch)]
 
 
 class _Rows:
-    """Maps a stream's (split, index) to what collate needs."""
+    """Maps a numbered stream's items to what collate needs."""
 
-    def __init__(self, splits: list[EncodedSplit]):
-        self.splits = splits
+    def __init__(self, splits: list[EncodedSplit], seed: int):
+        self.splits, self.seed = splits, seed
 
     def __len__(self) -> int:
         return sum(map(len, self.splits))
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[EncodedSplit, int]:
-        return self.splits[key[0]], key[1]
+    def __getitem__(self, key: tuple[int, int, int, int]) -> tuple[EncodedSplit, int, Any]:
+        micro_batch, position, split, index = key
+        return self.splits[split], index, self.splits[split].view(index, (self.seed, micro_batch, position))
+
+
+class _Ordered:
+    """A split's examples in an order, each with its index and its view for evaluation."""
+
+    def __init__(self, split: EncodedSplit, order: np.ndarray):
+        self.split, self.order = split, [int(i) for i in order]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int) -> tuple[int, Any]:
+        index = self.order[place]
+        return index, self.split.view(index)

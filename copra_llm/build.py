@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
@@ -14,13 +15,17 @@ from copra_llm.choice_model import ChoiceModel
 from copra_llm.classifiers import Classifier, build_classifier, make_head, read_heads
 from copra_llm.config import RunConfig
 from copra_llm.conversations import InstructTask, asks_conversations, encode_conversations, read_conversations
+from copra_llm.dual_encoder import DualEncoder
 from copra_llm.errors import InputError, nearest
+from copra_llm.image_inputs import image_inputs
+from copra_llm.images import ImageRun, asks_images, encode_images, read_run_images
 from copra_llm.language_model import LanguageModel, refuse_leaking_packs
 from copra_llm.models import Base, add_adapter, load_adapter, load_base
 from copra_llm.paths import data_root
-from copra_llm.settings import DataSettings, PartSettings
+from copra_llm.settings import DataSettings, ImageSettings, PartSettings
 from copra_llm.shards import shards
 from copra_llm.tasks.choices import COMMONSENSE, ChoiceTask, choice_task_names, get_choice_task, load_choices
+from copra_llm.tasks.clip.catalogue import ImageTask, image_task_names
 from copra_llm.tasks.instruct.lengths import Counts
 from copra_llm.tasks.mtl15 import SPLITS, Example, Task, get_task, load_split, task_names
 
@@ -33,8 +38,8 @@ class Workbench:
     """Everything a run works with; training replaces the classifier by its prepared form."""
 
     base: Base
-    classifier: Classifier | LanguageModel | ChoiceModel
-    tasks: list[Task] | list[InstructTask] | list[ChoiceTask]
+    classifier: Classifier | LanguageModel | ChoiceModel | DualEncoder
+    tasks: list[Task] | list[InstructTask] | list[ChoiceTask] | list[ImageTask]
     splits: dict[str, dict[str, EncodedSplit]]
     """`{split: {task: examples}}`."""
     counts: dict[str, Counts] = field(default_factory=dict)
@@ -56,6 +61,8 @@ def build(
         return _build_conversations(config.replace(tasks=tasks), adapter, splits)
     if set(tasks) & set(choice_task_names()):
         return _build_choices(config, tasks, adapter, splits)
+    if asks_images(config, tasks):
+        return _build_images(config, tasks, adapter, splits)
     _check_names(tasks)
     chosen = [get_task(name) for name in tasks]
     examples = {split: {task.name: load_examples(config, task, split) for task in chosen} for split in splits}
@@ -79,7 +86,7 @@ def build(
 
 
 def _check_names(tasks: list[str]) -> None:
-    known = [*task_names(), InstructTask.name, *choice_task_names()]
+    known = [*task_names(), InstructTask.name, *choice_task_names(), *image_task_names()]
     for name in tasks:
         if name not in known:
             raise InputError(f'there is no task "{name}"{nearest(name, known)}; the tasks are {", ".join(known)}')
@@ -112,6 +119,26 @@ def _build_choices(config: RunConfig, tasks: list[str], adapter: Path | None, sp
     return Workbench(base, model, chosen, encoded, counts)
 
 
+def _build_images(config: RunConfig, tasks: list[str], adapter: Path | None, splits: tuple[str, ...]) -> Workbench:
+    settings = config.image or ImageSettings()
+    runs = [_own_images(run, config.part) for run in read_run_images(config, tasks, splits)]
+    start = _start(config, adapter)
+    if config.train.neftune_noise_alpha is not None:
+        raise InputError("--neftune_noise_alpha is noise on a language model's embeddings, but images are classified "
+                         "by a dual encoder; leave it out")  # fmt: skip
+    base = load_base(config.model)
+    inputs = image_inputs(base)
+    model = _attached(base, config, adapter, start)
+    classifier = DualEncoder(base, model, {run.task.name: run.prompts for run in runs}, inputs)
+    encoded = encode_images(runs, inputs.size, settings)
+    return Workbench(base, classifier, [run.task for run in runs], encoded)
+
+
+def _own_images(run: ImageRun, part: PartSettings) -> ImageRun:
+    """With this client's share of the training images."""
+    return replace(run, splits={s: _own_share(e, part) if s == "train" else e for s, e in run.splits.items()})
+
+
 def _start(config: RunConfig, adapter: Path | None) -> AdapterWeights | None:
     """What a fresh adapter starts from, if the settings name something."""
     if adapter is not None or config.part.init_adapter is None:
@@ -126,7 +153,8 @@ def _attached(base: Base, config: RunConfig, adapter: Path | None, start: Adapte
     """The base with the saved adapter, or with a fresh one."""
     if adapter is not None:
         return load_adapter(base, adapter)
-    model = add_adapter(base, config.lora, config.train.seed_of("init"))
+    encoder = "both" if config.image is None else config.image.encoder
+    model = add_adapter(base, config.lora, config.train.seed_of("init"), encoder)
     if start is not None:
         start_from(model, start, config.lora.scaling)
     return model
@@ -146,7 +174,21 @@ def load_examples(config: RunConfig, task: Task, split: str) -> list[Example]:
     return _own_share(load_split(task, split, root, config.data.max_train_samples), config.part)
 
 
-def _own_share(examples: list[Example], part: PartSettings) -> list[Example]:
+def training_labels(config: RunConfig, name: str) -> tuple[list[int], int]:
+    """The labels of the examples that a run trains on, and how many labels the task has; no model is loaded.
+
+    Raises:
+        InputError: as `build`.
+    """
+    if asks_images(config, [name]):
+        (run,) = read_run_images(config, [name], ("train",))
+        return [e.label for e in _own_images(run, config.part).splits["train"]], len(run.prompts)
+    task = get_task(name)
+    return [example.label for example in load_examples(config, task, "train")], len(task.labels)
+
+
+def _own_share(examples: list[Any], part: PartSettings) -> list[Any]:
+    """This client's share of examples with labels."""
     if part.num_clients == 1:
         return examples
     labels = [example.label for example in examples]

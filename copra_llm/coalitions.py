@@ -194,7 +194,8 @@ class CoalitionGame:
                     batch = next(iter(eval_loader(self.classifier, probe, len(probe))))
                     batch.pop("index")
                     batch = self._to_device(batch)
-                    shared = SharedBlocks(self._model, self.gates, self._run, batch, side_by_side)
+                    apart = getattr(self.classifier, "apart", ())
+                    shared = SharedBlocks(self._model, self.gates, self._run, batch, side_by_side, apart)
                     walked = masks[shared.order(masks)]
                     found = torch.stack(shared.scores(batch, walked))
                     plain = []

@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 from copra_llm.errors import InputError, nearest
 from copra_llm.settings import (
     DataSettings,
+    ImageSettings,
     InstructSettings,
     LoraSettings,
     ModelSettings,
@@ -39,6 +40,8 @@ class RunConfig:
     train: TrainSettings = field(default_factory=TrainSettings)
     instruct: InstructSettings | None = None
     """Of runs on conversations alone."""
+    image: ImageSettings | None = None
+    """Of runs on images alone."""
 
     def flat(self) -> dict[str, Any]:
         """The settings under the flags' names, as `config.yaml` and the result record hold them."""
@@ -59,7 +62,7 @@ class RunConfig:
         parts = {}
         for part, kind in zip(dataclasses.fields(cls), ALL, strict=True):
             own = {f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}
-            if own or kind in COMMON:
+            if kind in COMMON or own.keys() - {SHARED} or (own and kind is _owner_of_shared(values)):
                 parts[part.name] = kind(**own)
         return cls(**parts)
 
@@ -69,8 +72,17 @@ class RunConfig:
 
 
 COMMON = (ModelSettings, LoraSettings, ScheduleSettings, DataSettings, PartSettings, TrainSettings)
-"""The groups of every run, in the order of `RunConfig`."""
-ALL = (*COMMON, InstructSettings)
+"""The groups of every run."""
+ALL = (*COMMON, InstructSettings, ImageSettings)
+"""All groups, in the order of `RunConfig`."""
+SHARED = "dataset_name"
+"""The one setting that two groups have: of a run that has either of them."""
+
+
+def _owner_of_shared(values: dict[str, Any]) -> type:
+    """Whose `SHARED` is, if no other setting of either group says."""
+    image = {f.name for f in dataclasses.fields(ImageSettings)} - {SHARED}
+    return ImageSettings if image & values.keys() else InstructSettings
 
 
 def parse_run_config(
@@ -84,7 +96,7 @@ def parse_run_config(
     Args:
         argv: the words; None: those of the process.
         description: of the recipe, for `--help`.
-        groups: of settings the recipe has, the first ones of `ALL`.
+        groups: of settings the recipe has, some of `ALL`.
         defaults: where the recipe's differ.
 
     Raises:
@@ -108,7 +120,8 @@ def parse_run_config(
         raise
     except (ValueError, TypeError, argparse.ArgumentError) as error:
         raise InputError(f"command line: {error}; see --help") from None
-    return RunConfig(**dict(zip((part.name for part in dataclasses.fields(RunConfig)), parts, strict=False)))
+    names = {group: part.name for group, part in zip(ALL, dataclasses.fields(RunConfig), strict=True)}
+    return RunConfig(**{names[group]: part for group, part in zip(groups, parts, strict=True)})
 
 
 def dump_yaml(config: RunConfig) -> str:

@@ -10,6 +10,7 @@ Source: LoRA (arXiv 2106.09685), section 4.1: no latency is added at inference.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from copra_llm.adapters import AdapterWeights, adapter_folder, load_adapter_weights
 from copra_llm.errors import InputError
 from copra_llm.gguf import quiet_loading
+from copra_llm.image_inputs import processor_file
 from copra_llm.models import base_config, dtype_of, kind_of, load_adapter, load_base
 from copra_llm.results import atomic_folder
 from copra_llm.settings import ModelSettings
@@ -53,7 +55,8 @@ def fold(
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Folded:
-    """Write the base model with the adapter folded in: weights, config, generation config and tokenizer.
+    """Write the base model with the adapter folded in: weights, config, generation config and tokenizer, and a dual
+    encoder's image processor.
 
     Args:
         adapter: folder that PEFT's `save_pretrained`, or a run, has written; a tokenizer in it goes before the base's.
@@ -77,7 +80,8 @@ def fold(
     base = load_base(settings)
     model = load_adapter(base, folder)
     _check_fit(model, weights, base.source.name)
-    _untie(model)
+    if base.kind != "dual":  # it has no output embedding
+        _untie(model)
     folded = _merge(model, weights.source, progress).to(wanted)
     _check_finite(folded, weights.source, wanted)
     # Read anew: the loaded base's has been given a padding token.
@@ -86,6 +90,9 @@ def fold(
     with atomic_folder(Path(output)) as fresh, quiet_loading():
         folded.save_pretrained(fresh, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(fresh)
+        processor = processor_file(base.source.load_from) if base.kind == "dual" else None
+        if processor is not None:
+            shutil.copyfile(processor, fresh / processor.name)
         shards = len(list(fresh.glob("*.safetensors")))
     parameters = sum(p.numel() for p in folded.parameters())
     return Folded(base.source.name, str(wanted).removeprefix("torch."), parameters, shards)

@@ -14,15 +14,18 @@ This is the only module that touches PEFT's internals. Source: CopRA (arXiv 2410
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 
 from copra_llm.errors import InputError
 
@@ -140,6 +143,70 @@ def base_name(name: str) -> str:
     return re.sub(r"^(?:module\.|_orig_mod\.)*(?:.*?base_model\.model\.)?", "", name)
 
 
+def acting(parts: dict[str, nn.Module]) -> dict[str, list[Tensor]]:
+    """Where is a part of a model not the frozen base model now?
+
+    Args:
+        parts: modules by their names.
+
+    Returns:
+        The parameters that make the difference, by the name of the module that they belong to: those of adapters
+        that no closed gate and no flag of PEFT's switches off, and trained ones of the base itself.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for part, whole in parts.items():
+        switched: set[int] = set()
+        for name, module in whole.named_modules(prefix=part):
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                own = [p for key, p in module.named_parameters() if not key.startswith(_BASE_WEIGHTS)]
+                switched |= {id(p) for p in own}
+                if _acts(module):
+                    found[name] = own
+        for name, module in whole.named_modules(prefix=part):
+            trained = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in switched]
+            if trained:
+                found[name] = trained
+    return found
+
+
+def adapter_state(parts: dict[str, nn.Module]) -> str | None:
+    """A name for what the adapters in a part of a model do now, to tell it from all else they may do.
+
+    Closed gates, PEFT's own flag, which adapters are active, their scalings and the values of what is trained count.
+    Values are read, not their versions: who writes to `parameter.data` leaves no other trace.
+
+    Returns:
+        "" where `acting` finds nothing, else 32 hexadecimal digits; None if the values are not all here to be read
+        (sharded over processes).
+    """
+    found = acting(parts)
+    if not found:
+        return ""
+    modules = {name: module for part, whole in parts.items() for name, module in whole.named_modules(prefix=part)}
+    digest = hashlib.sha256()
+    for name in found:
+        settings = [getattr(modules[name], key, None) for key in ("active_adapters", "merged_adapters", "scaling")]
+        digest.update(repr((name, settings)).encode())
+    values = [value.detach() for own in found.values() for value in own]
+    # ZeRO-3 leaves empty tensors, FSDP those of which each process has a piece.
+    if any(value.numel() == 0 or hasattr(value, "placements") for value in values):
+        return None
+    raw = torch.cat([value.contiguous().reshape(-1).view(torch.uint8) for value in values])
+    digest.update(raw.cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+_BASE_WEIGHTS = ("base_layer.", "original_module.")
+"""Where PEFT keeps the frozen weights of a module that it has wrapped."""
+
+
+def _acts(module: BaseTunerLayer | AuxiliaryTrainingWrapper) -> bool:
+    """Whether a wrapped module's forward pass is not that of the module it wraps."""
+    if getattr(type(module), "gate_is_closed", False) or module.disable_adapters:
+        return False
+    return bool(module.merged_adapters) or bool(set(module.active_adapters) & set(module._get_available_adapters()))
+
+
 def foreign_adapters(model: nn.Module) -> list[str]:
     """Names of the adapted modules that no gate can leave out of a step: adapters of another kind than LoRA.
 
@@ -182,7 +249,8 @@ def _closed_class(cls: type[LoraLayer]) -> type[LoraLayer]:
         finally:
             object.__setattr__(self, "_disable_adapters", before)
 
-    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+    own = {"__call__": __call__, "__module__": cls.__module__, "gate_is_closed": True}
+    return type(cls.__name__, (cls,), own)
 
 
 def _natural(name: str) -> tuple:

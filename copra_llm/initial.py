@@ -13,6 +13,7 @@ Sources: Meng et al., PiSSA (arXiv 2404.02948); Buyukakyuz, OLoRA (arXiv 2406.01
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -29,13 +30,16 @@ _START = "_copra_start"
 """Attribute of a model whose base was changed: the tensors `{key: tensor}` of the adapter as it started."""
 
 
-def refuse_start(model: nn.Module, targets: list[str] | str, settings: LoraSettings) -> None:
+def refuse_start(
+    model: nn.Module, targets: list[str] | str, settings: LoraSettings, excluded: str | None = None
+) -> None:
     """Refuse a start that PEFT would get wrong on one of the modules to adapt.
 
     Args:
         model: the base, no adapter attached.
         targets: PEFT's `target_modules`.
         settings: of the adapter.
+        excluded: PEFT's `exclude_modules`.
 
     Raises:
         InputError: for a module of another kind than linear or in another type than PEFT's decompositions know (a
@@ -46,6 +50,8 @@ def refuse_start(model: nn.Module, targets: list[str] | str, settings: LoraSetti
         return
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, module in _adapted(model, targets).items():
+        if excluded is not None and re.fullmatch(excluded, name):
+            continue
         # OLoRA takes a weight as (out, in), which GPT-2's Conv1D is not.
         kinds = (nn.Linear,) if init == "olora" else (nn.Linear, Conv1D)
         if type(module) not in kinds or module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):

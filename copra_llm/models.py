@@ -34,6 +34,7 @@ from copra_llm.gguf import TORN_GGUF, UNREADABLE, converted_gguf, gguf_arguments
 from copra_llm.initial import keep_start, refuse_start
 from copra_llm.quantised_base import keep_trainable, quantisation
 from copra_llm.settings import LoraSettings, ModelSettings
+from copra_llm.towers import not_adapted
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Base:
     tokenizer: object
     source: Source
     kind: str
-    """"causal", "seq2seq" or "encoder"."""
+    """"causal", "seq2seq", "encoder" or "dual" (an image and a text tower that meet in one space)."""
     fingerprint: str
     """SHA-256 of the weights, first 16 hex digits."""
 
@@ -217,14 +218,17 @@ def _readable(name: str):
         raise InputError(f'the model "{name}" could not be loaded: {first}') from None
 
 
-_AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel}
+_AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel, "dual": AutoModel}
 
 
 def kind_of(config) -> str:
-    """By the configuration's architecture: "causal", "seq2seq" or "encoder"."""
+    """By the configuration's architecture: "causal", "seq2seq", "encoder" or "dual"."""
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     architecture = (getattr(config, "architectures", None) or [""])[0]
+    # Models that write about pictures have both configurations too, but are "ForConditionalGeneration".
+    if hasattr(config, "text_config") and hasattr(config, "vision_config") and "For" not in architecture:
+        return "dual"
     return "causal" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else "encoder"
 
 
@@ -279,25 +283,34 @@ def _adaptable(module: nn.Module) -> bool:
     return hasattr(module, "in_features") or type(module).__name__ in ("Conv1D", "Embedding")
 
 
-def add_adapter(base: Base, settings: LoraSettings, init_seed: int) -> PeftModel:
+def add_adapter(base: Base, settings: LoraSettings, init_seed: int, encoder: str = "both") -> PeftModel:
     """Attach a fresh LoRA adapter, initialised from a seed of its own; no global generator moves.
+
+    Args:
+        base: keeps its weights, unless the adapter starts from a part of them (`initial`).
+        settings: rank, targets and the like.
+        init_seed: of the factors A.
+        encoder: which towers of a dual encoder are adapted: "both", "vision" or "text".
 
     Raises:
         InputError: for modules or blocks that the model lacks, or a start that is not right for one of them.
     """
     _check_layers(base.model, settings.lora_layers_to_transform)
     targets = target_modules(base.model, settings.lora_target_modules)
-    refuse_start(base.model, targets, settings)
+    linear = [name for name, module in base.model.named_modules() if _adaptable(module)]
+    excluded = not_adapted(encoder, linear, targets) if base.kind == "dual" else None
+    refuse_start(base.model, targets, settings, excluded)
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets,
+        exclude_modules=excluded,
         layers_to_transform=settings.lora_layers_to_transform,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=True if settings.init_lora_weights == "default" else settings.init_lora_weights,
-        task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}[base.kind],
+        task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(base.kind, "FEATURE_EXTRACTION"),
     )
     with torch.random.fork_rng():
         torch.manual_seed(init_seed)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from copra_llm.gates import FIRST_INTEGER, LayerGates, base_name
+from copra_llm.replaced import replaced_forward
 
 
 class NotShareable(Exception):
@@ -72,6 +73,8 @@ def find_blocks(model: nn.Module, gates: LayerGates) -> list[Block]:
 def trie_order(masks: np.ndarray, blocks: list[Block]) -> np.ndarray:
     """The order `(n,)` in which `masks (n, gates)` are walked: neighbours share the longest prefixes."""
     columns = list(dict.fromkeys(gate for block in blocks for gate in block.gates))
+    if not columns:
+        return np.arange(len(masks))
     return np.lexsort(masks[:, columns[::-1]].T)
 
 
@@ -97,23 +100,34 @@ class SharedBlocks:
         run: `batch -> scores (examples, labels)` through that model.
         probe: a small batch; a pass over it finds the order of the blocks.
         pack: coalitions side by side in one pass.
+        apart: beginnings of the names of blocks that do not read the batch (a dual encoder's text tower). They are in
+            no prefix: their gates are set for a whole pass, and the model itself knows what it has computed before.
 
     Raises:
         NotShareable: if a gated module is in no block that the pass calls.
     """
 
-    def __init__(self, model: nn.Module, gates: LayerGates, run: Callable[[dict], Tensor], probe: dict, pack: int = 1):
+    def __init__(
+        self,
+        model: nn.Module,
+        gates: LayerGates,
+        run: Callable[[dict], Tensor],
+        probe: dict,
+        pack: int = 1,
+        apart: tuple[str, ...] = (),
+    ):
         self.gates, self.run = gates, run
         self.computed = 0
         """Runs of a block for one batch and one prefix so far."""
-        by_name = find_blocks(model, gates)
+        found = find_blocks(model, gates)
+        by_name = [block for block in found if not block.name.startswith(apart)]
+        self._apart = sorted({gate for block in found if block not in by_name for gate in block.gates})
         calls, alone = self._first_calls(by_name, probe)
         missing = [block.name for block in by_name if block.name not in calls]
         if missing:
             raise NotShareable(f"the forward pass does not call {missing[0]} as a module")
         self.blocks = sorted(by_name, key=lambda block: calls.index(block.name))
-        self.pack = 1 if alone else pack
-        self._walk: _Walk | None = None
+        self.pack = 1 if alone or self._apart else pack
 
     def order(self, masks: np.ndarray) -> np.ndarray:
         """`trie_order` of `masks (n, gates)`."""
@@ -125,12 +139,19 @@ class SharedBlocks:
         examples = len(batch["labels"])
         with ExitStack() as stack:
             for place, block in enumerate(self.blocks):
-                stack.enter_context(_forward(block.module, walk.forward_of(place)))
+                stack.enter_context(replaced_forward(block.module, walk.forward_of(place)))
             for first in range(0, len(masks), self.pack):
                 here = slice(first, min(first + self.pack, len(masks)))
                 walk.enter(here, examples)
-                found += self.run(repeated(batch, here.stop - here.start)).split(examples)
+                with self.gates.applied(self._outside_the_walk(masks[first])):
+                    found += self.run(repeated(batch, here.stop - here.start)).split(examples)
         return found
+
+    def _outside_the_walk(self, mask: np.ndarray) -> np.ndarray:
+        """The gates of a coalition in the blocks apart; the others are open, for the walk closes them itself."""
+        outside = np.ones_like(mask)
+        outside[self._apart] = mask[self._apart]
+        return outside
 
     def _first_calls(self, blocks: list[Block], probe: dict) -> tuple[list[str], bool]:
         """Names of blocks in the order of their first calls, and whether coalitions must be run one at a time.
@@ -152,7 +173,7 @@ class SharedBlocks:
 
         with ExitStack() as stack:
             for block in blocks:
-                stack.enter_context(_forward(block.module, recorder(block)))
+                stack.enter_context(replaced_forward(block.module, recorder(block)))
             self.run(dict(probe))
         return list(dict.fromkeys(calls)), any(alone)
 
@@ -282,17 +303,3 @@ def _recorded_writes(cache: Cache | None) -> Iterator[list]:
         yield writes
     finally:
         del cache.update
-
-
-@contextmanager
-def _forward(module: nn.Module, function: Callable) -> Iterator[None]:
-    """`module.forward` is `function` for a while."""
-    own = vars(module).get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

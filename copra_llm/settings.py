@@ -224,11 +224,46 @@ class InstructSettings:
             raise InputError(f"--max_new_tokens is {self.max_new_tokens}, but must be at least 1")
 
 
+@dataclass(frozen=True)
+class ImageSettings:
+    """Images to classify with a dual encoder; of `recipes/train_clip.py`."""
+
+    dataset_name: list[str] = setting(
+        [], "A folder with a folder of images a class, or a Hub id, instead of a set of the benchmark."
+    )
+    shots: int | None = setting(None, "Training images of each class (dev: at most 4 of them); unset: all.")
+    shot_seed: int | None = setting(
+        None, "Seed of which training images are taken; unset: the data seed, so runs of other seeds see other images."
+    )
+    encoder: str = setting("both", "Which towers get adapters: both, vision or text.")
+    template: str | None = setting(None, "Prompt of a class, with {} for its name; unset: the data set's own.")
+    image_cache_bytes: int = setting(2**31, "Decoded images kept in memory, in bytes; those beyond are decoded anew.")
+    dataloader_num_workers: int = setting(0, "Processes that decode and transform images; 0: the one that trains.")
+
+    def __post_init__(self):
+        if self.shots is not None and self.shots < 1:
+            raise InputError(f"--shots is {self.shots}, but must be at least 1")
+        for name in ("image_cache_bytes", "dataloader_num_workers"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} is {getattr(self, name)}, but must not be negative")
+        if self.shot_seed is not None and not 0 <= self.shot_seed < 2**64:
+            raise InputError(f"--shot_seed is {self.shot_seed}, but must lie in [0, 2**64)")
+        if self.encoder not in ENCODERS:
+            hint = nearest(self.encoder, ENCODERS)
+            raise InputError(f'--encoder is "{self.encoder}"{hint}, but must be both, vision or text')
+        if self.template is not None and self.template.count("{}") != 1:
+            raise InputError(f'--template is "{self.template}", but must have one {{}} for the name of the class')
+
+
+ENCODERS = ("both", "vision", "text")
+"""Towers of a dual encoder that can be adapted."""
 CLIENT_SPLITS = ("iid", "dirichlet")
 """Ways to divide the training data among clients; `shards.py` says how."""
-SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+FLOORED = "cosine_with_min_lr"
+"""The scheduler that ends at `min_lr`."""
+SCHEDULERS = ("linear", "cosine", FLOORED, "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
               "inverse_sqrt")  # fmt: skip
-"""Those of transformers.get_scheduler that need nothing beyond the numbers of steps."""
+"""Those of transformers.get_scheduler that need nothing beyond the numbers of steps, and the floor."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +277,7 @@ class TrainSettings:
     learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.")
     loraplus_lr_ratio: float | None = setting(None, "LoRA+: the factors B learn so many times faster; unset: alike.")
     lr_scheduler_type: str = setting("cosine", f"One of {', '.join(SCHEDULERS)}.")
+    min_lr: float = setting(0.0, f"Learning rate at the end of {FLOORED}; 0 for all others.")
     warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm (of the active layers); 0: never.")
@@ -307,6 +343,11 @@ class TrainSettings:
         if self.lr_scheduler_type not in SCHEDULERS:
             hint, known = nearest(self.lr_scheduler_type, SCHEDULERS), ", ".join(SCHEDULERS)
             raise InputError(f'--lr_scheduler_type is "{self.lr_scheduler_type}"{hint}, but must be one of {known}')
+        if not 0.0 <= self.min_lr <= self.learning_rate:
+            raise InputError(f"--min_lr is {self.min_lr}, but must lie in [0, --learning_rate]")
+        if self.min_lr > 0.0 and self.lr_scheduler_type != FLOORED:
+            raise InputError(f"--min_lr is {self.min_lr}, but --lr_scheduler_type {self.lr_scheduler_type} knows no "
+                             f"rate to end at; give --min_lr 0, or {FLOORED}")  # fmt: skip
         if any(not 0.0 < fraction <= 1.0 for fraction in self.checkpoint_at):
             raise InputError(f"--checkpoint_at is {self.checkpoint_at}, but fractions must lie in (0, 1]")
         if self.keeps_best and self.eval_steps is None:
@@ -332,5 +373,6 @@ class TrainSettings:
 WITHOUT_EFFECT = frozenset({
     "output_dir", "data_root", "resume_from_checkpoint", "report_to", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "metrics", "sample_prompts", "max_new_tokens",
+    "image_cache_bytes", "dataloader_num_workers",
 })  # fmt: skip
 """Settings on which the trained adapter does not depend."""

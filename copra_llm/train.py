@@ -64,6 +64,7 @@ from copra_llm.results import (
 )
 from copra_llm.samples import Samples
 from copra_llm.saved_runs import ADAPTER, RESULT, step_at
+from copra_llm.settings import FLOORED
 
 
 def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
@@ -139,7 +140,8 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     optimizer = make_optimizer(classifier, settings)
     # Not prepared: Accelerate would step it once a process, but rate and p(t) count optimizer steps.
     first, whole = config.part.span_in_steps(total_steps)
-    scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, whole)
+    floor = {"min_lr": settings.min_lr} if settings.lr_scheduler_type == FLOORED else None
+    scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, whole, floor)
     advance(scheduler, first)
     progress = resume(config, folder, classifier, optimizer, scheduler)
     samples = Samples(accelerator, bench, config, progress)

@@ -151,7 +151,7 @@ def _evaluate(
 
 def loaded_by(config: RunConfig) -> tuple:
     """What an evaluator has loaded."""
-    return config.model, config.data, config.instruct
+    return config.model, config.data, config.instruct, config.image
 
 
 def _stamp(weights: AdapterWeights, evaluator: AdapterEvaluator, task: str, more: str) -> str:

@@ -28,7 +28,7 @@ from copra_llm.summaries.pruning import (
     structured_table,
 )
 from copra_llm.summaries.shapley import shapley_details, shapley_table
-from copra_llm.summaries.speed import coalitions_table, estimators_table, instruct_table, merging_table
+from copra_llm.summaries.speed import clip_table, coalitions_table, estimators_table, instruct_table, merging_table
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
 from copra_llm.summaries.together import federated_table, multitask_details, multitask_table
 
@@ -69,6 +69,7 @@ TABLES = {
     "multitask": (multitask_table, "multitask"),
     "step_time": (step_time_table, "step_time"),
     "instruct_speed": (instruct_table, "speed"),
+    "clip_speed": (clip_table, "speed"),
 }
 """README section -> (function of the records, folder of eval/ that holds them)."""
 PAGES = {

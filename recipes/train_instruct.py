@@ -12,8 +12,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from copra_llm.config import ALL, parse_run_config
+from copra_llm.config import COMMON, parse_run_config
 from copra_llm.errors import exit_on_input_error
+from copra_llm.settings import InstructSettings
 from copra_llm.train import train_adapter
 
 DEFAULTS = {
@@ -26,7 +27,7 @@ DEFAULTS = {
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> int:
-    config = parse_run_config(argv, description=__doc__, groups=ALL, defaults=DEFAULTS)
+    config = parse_run_config(argv, description=__doc__, groups=(*COMMON, InstructSettings), defaults=DEFAULTS)
     result = train_adapter(config, config.data.tasks, Path(config.train.output_dir))
     if PartialState().is_main_process:
         for split, counts in result.data["records"].items():

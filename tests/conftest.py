@@ -100,6 +100,30 @@ def tiny_bert(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> Path:
+    """Folder of a random CLIPModel, 3 text and 4 vision layers."""
+    from image_examples import save_clip
+
+    return save_clip(tmp_path_factory.mktemp("tiny_clip"))
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip(tmp_path_factory) -> Path:
+    """Folder of a random SiglipModel, 3 layers a tower."""
+    from image_examples import save_siglip
+
+    return save_siglip(tmp_path_factory.mktemp("tiny_siglip"))
+
+
+@pytest.fixture(scope="session")
+def image_data(tmp_path_factory) -> Path:
+    """Data root with four classes of small noisy images, in CIFAR-10's folder."""
+    from image_examples import write_images
+
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
 def minilm() -> str:
     """Short name of the packaged encoder; its absence is a failure, not a skip."""
     from copra_llm.models import PACKAGED

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from copra_llm.adapters import load_adapter_weights
 from copra_llm.build import build
 from copra_llm.coalitions import CoalitionGame
-from copra_llm.config import ALL, RunConfig, parse_run_config
+from copra_llm.config import COMMON, RunConfig, parse_run_config
 from copra_llm.conversations import InstructTask
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
@@ -27,7 +27,7 @@ from copra_llm.interpolate import interpolate, line
 from copra_llm.language_model import refuse_leaking_packs
 from copra_llm.models import load_base
 from copra_llm.results import read_result
-from copra_llm.settings import ModelSettings
+from copra_llm.settings import InstructSettings, ModelSettings
 from copra_llm.shapley import exact
 from copra_llm.train import train_adapter
 
@@ -315,12 +315,13 @@ def test_the_command_evaluates_on_other_conversations(finished, tmp_path, capsys
 
 
 def test_the_recipe_has_the_flags_of_conversations(tmp_path):
-    config = parse_run_config(["--dataset_name", "a.jsonl:2", "b", "--packing", "--turns", "last"], groups=ALL)
+    groups = (*COMMON, InstructSettings)
+    config = parse_run_config(["--dataset_name", "a.jsonl:2", "b", "--packing", "--turns", "last"], groups=groups)
     assert config.instruct.dataset_name == ["a.jsonl:2", "b"] and config.instruct.packing
     assert RunConfig.from_flat(config.flat()) == config
     assert RunConfig().instruct is None and "dataset_name" not in RunConfig().flat()
     with pytest.raises(InputError, match="--dataset_name is empty"):
-        parse_run_config([], groups=ALL)
+        parse_run_config([], groups=groups)
     with pytest.raises(InputError, match="there is no flag --dataset_name"):
         parse_run_config(["--dataset_name", "a"])
 

@@ -13,9 +13,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
     ["settings", "config", "yaml_file", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates"]
-    + ["errors", "answer_scores", "answer_metric", "metrics"],
+    + ["errors", "answer_scores", "answer_metric", "metrics", "pictures"],
     ["adapters", "gates", "gguf", "quantised_base", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
-    + ["initial", "packing", "linear_loss", "language_model", "choice_model", "conversations"],
+    + ["initial", "packing", "linear_loss", "language_model", "choice_model", "conversations"]
+    + ["towers", "replaced", "image_inputs", "images", "text_tower", "dual_encoder", "linear_probe"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
     + ["optimizer", "best", "samples", "liger"]
@@ -109,6 +110,7 @@ def test_nothing_outside_is_imported():
         ("copra_llm.results", ("torch", "numpy")),
         ("copra_llm.tasks.instruct.sources", ("torch", "numpy", "transformers", "datasets", "pyarrow")),
         ("copra_llm.tasks.instruct.check", ("torch", "transformers", "datasets", "pyarrow")),
+        ("copra_llm.tasks.clip.folders", ("torch", "transformers", "datasets")),
         ("copra_llm.report", ("torch", "matplotlib")),
         ("copra_llm.cli", ("torch", "matplotlib", "transformers", "numpy")),
     ],

@@ -10,6 +10,7 @@ check data.
     copra evaluate A --task sst2
     copra generate A --prompt TEXT
     copra data check FILES... --model_name_or_path M
+    copra data check oxford_pets --data_root DIR
     copra data lm-eval arc_easy --output DIR
     copra fold A --output DIR
     copra report RESULTS... --output report.html

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def fresh_output(name: str) -> Path:
 
 def add_data_arguments(parser: argparse.ArgumentParser, task_required: bool = True) -> None:
     """The flags that say which examples an adapter is evaluated on."""
-    parser.add_argument("--task", required=task_required, help='task of MTL15, e.g. sst2; "instruct"; or arc_easy, ...')
+    parser.add_argument(
+        "--task", required=task_required, help='sst2, ... of MTL15; "instruct"; arc_easy, ...; dtd, ...'
+    )
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"))
     parser.add_argument("--data_root", "--data-root", help='folder of the data, "sample" or "hub"; unset: $COPRA_DATA')
     parser.add_argument(
@@ -44,12 +47,27 @@ def config_of(path: str, weights, args: argparse.Namespace):
 
     config = read_run(path).config
     changes: dict = {"model_name_or_path": args.model_name_or_path or weights.named_base()}
-    if args.dataset_name is not None:
+    if args.dataset_name is not None and config.image is not None:
+        changes["dataset_name"] = args.dataset_name
+    elif args.dataset_name is not None:
         changes |= {"dataset_name": args.dataset_name, f"{_SPLIT_FLAGS[args.split]}dataset_name": args.dataset_name}
     for name in ("data_root", "chat_template", "max_length", "max_eval_samples", "per_device_eval_batch_size"):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
     return config.replace(**changes)
+
+
+SHOWN = 20
+"""Broken records or files that a text lists."""
+
+
+def broken_lines(broken: list[dict]) -> Iterator[str]:
+    """The first sentences about what is broken; nothing where nothing is."""
+    if broken:
+        yield "broken"
+        yield from (f"  {entry['sentence']}" for entry in broken[:SHOWN])
+        if len(broken) > SHOWN:
+            yield f"  and {len(broken) - SHOWN:,} more; --json lists all"
 
 
 def bar(unit: str):

@@ -1,4 +1,4 @@
-"""`copra data check`: what is in instruction data, and which records are broken?
+"""`copra data check`: what is in instruction data or images, and which records or files are broken?
 
 `copra data lm-eval` writes evaluations as tasks of lm-evaluation-harness.
 """
@@ -10,15 +10,12 @@ import json
 import sys
 from collections.abc import Iterator
 
-from copra_llm.cli.common import bar, fresh_output
+from copra_llm.cli.common import bar, broken_lines, fresh_output
 from copra_llm.errors import InputError
 
-HELP = "Instruction data: formats, counts, lengths, broken records; evaluations for lm-evaluation-harness."
-CHECK_HELP = "Say what the data are, and list every broken record by file and line; exit code 2 if there is one."
+HELP = "Instruction data and images: formats, counts, sizes, what is broken; evaluations for lm-evaluation-harness."
+CHECK_HELP = "Say what the data are, and list every broken record or image by its place; exit code 2 if there is one."
 LM_EVAL_HELP = "Write evaluations as tasks of lm-evaluation-harness, for its --include_path."
-
-SHOWN = 20
-"""Broken records that the text lists."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = actions.add_parser("check", help=CHECK_HELP, description=CHECK_HELP, allow_abbrev=False)
     check.add_argument(
         "files", nargs="+", metavar="FILE",
-        help="JSONL, JSON or Parquet; a folder or a Hub id; each as FILE or FILE:WEIGHT; or a YAML list of them",
+        help="JSONL, JSON or Parquet; a folder or a Hub id; each as FILE or FILE:WEIGHT; or a YAML list of them. For "
+             "images: oxford_pets, dtd, ..., or a folder of them",
     )  # fmt: skip
+    check.add_argument("--images", action="store_true", help="a Hub id names images, not instruction data")
+    check.add_argument("--data_root", "--data-root", help="folder of the image sets; unset: in $COPRA_DATA")
     check.add_argument("--format", help="messages, sharegpt, alpaca, ...; unset: recognised by the columns")
     check.add_argument("--model_name_or_path", "--model-name-or-path", help="whose tokens are counted; unset: none are")
     check.add_argument("--chat_template", "--chat-template", help="chatml, plain, alpaca or a file; unset: the model's")
@@ -65,6 +65,12 @@ def _lm_eval(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from copra_llm.cli import data_images
+
+    if args.images or data_images.image_words(args.files):
+        return data_images.check(args)
+    if args.data_root is not None:
+        raise InputError("--data_root is where image sets lie; name one of them, or leave it out")
     from copra_llm.tasks.instruct.check import check
     from copra_llm.tasks.instruct.preview import has_colours, preview
     from copra_llm.tasks.instruct.sources import parse_sources
@@ -124,11 +130,7 @@ def _text(figures: dict, tokens_wanted: bool) -> Iterator[str]:
     if turns["texts"]:
         yield f"texts    {turns['texts']:,} records without turns, for no chat template"
     yield from _token_lines(figures, tokens_wanted)
-    if figures["broken"]:
-        yield "broken"
-        yield from (f"  {broken['sentence']}" for broken in figures["broken"][:SHOWN])
-        if len(figures["broken"]) > SHOWN:
-            yield f"  and {len(figures['broken']) - SHOWN:,} more; --json lists all"
+    yield from broken_lines(figures["broken"])
 
 
 def _token_lines(figures: dict, tokens_wanted: bool) -> Iterator[str]:

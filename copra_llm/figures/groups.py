@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from copra_llm.config import RunConfig
+from copra_llm.config import ALL
 from copra_llm.estimates import Estimate, seed_estimate
 from copra_llm.results import Result
 from copra_llm.settings import WITHOUT_EFFECT
@@ -30,7 +30,7 @@ REPETITION = {
 }  # fmt: skip
 """Settings that do not keep two records apart."""
 
-_DEFAULTS = RunConfig().flat()
+_DEFAULTS = {f.name: f.default_factory() if f.default is MISSING else f.default for group in ALL for f in fields(group)}
 """What a record from before a setting was there had."""
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from copra_llm.adapters import AdapterWeights, load_adapter_weights, save_adapter_weights
-from copra_llm.build import load_examples
+from copra_llm.build import training_labels
 from copra_llm.config import RunConfig, typed_settings
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
@@ -37,7 +37,6 @@ from copra_llm.protocols.jobs import Job, run_jobs
 from copra_llm.protocols.plans import Rule, check_runs, merge_rules, need_entries, tuned_settings
 from copra_llm.protocols.runs import Run, Store, portable
 from copra_llm.results import Result, pack_bits, peak_memory_bytes, write_result
-from copra_llm.tasks.mtl15 import get_task
 from copra_llm.train import train_adapter
 
 
@@ -228,11 +227,12 @@ def train_client(config: RunConfig, folder: Path) -> Trained:
     (task,) = config.data.tasks
     result = train_adapter(config, [task], folder)
     adapter = load_adapter_weights(folder)
-    labels = Counter(example.label for example in load_examples(config, get_task(task), "train"))
+    own, num_labels = training_labels(config, task)
+    labels = Counter(own)
     entry = {
         "seed": config.train.seed,
-        "examples": sum(labels.values()),
-        "labels": [labels[i] for i in range(len(get_task(task).labels))],
+        "examples": len(own),
+        "labels": [labels[i] for i in range(num_labels)],
         "r": _rank(adapter),
         "accuracy": result.metrics[f"test/{task}/accuracy"],
         "loss": result.metrics[f"test/{task}/loss"],

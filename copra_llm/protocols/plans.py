@@ -21,6 +21,7 @@ from copra_llm.adapters import AdapterWeights
 from copra_llm.config import RunConfig, typed_settings
 from copra_llm.errors import InputError, nearest
 from copra_llm.merge import check_options, merge
+from copra_llm.tasks.clip.catalogue import image_task_names
 from copra_llm.tasks.mtl15 import get_task
 from copra_llm.yaml_file import read_yaml, typed
 
@@ -58,7 +59,8 @@ def read_plans(path: Path, kind: type[P]) -> dict[str, P]:
 def check_runs(tasks: list[str], methods: list[str], settings: dict[str, Any]) -> None:
     """Refuse a plan's tasks, methods and settings before anything is run."""
     for task in tasks:
-        if "dataset_name" not in settings:  # conversations bear any name
+        # Conversations and images of one's own bear any name.
+        if "dataset_name" not in settings and task not in image_task_names():
             get_task(task)
     check_methods(methods, settings)
 

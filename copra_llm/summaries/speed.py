@@ -42,7 +42,7 @@ def coalitions_table(results: Iterable[Result]) -> str:
     for r in (r for r in results if r.protocol == "speed_coalitions"):
         for name in (key.removeprefix("ratio/") for key in r.metrics if key.startswith("ratio/")):
             model, coalitions, way = name.split("/")
-            ratio = Estimate(*(r.metrics[f"{what}/{name}"] for what in ("ratio", "ratio_min", "ratio_max")))
+            ratio = _ratio(r, name)
             blocks = r.metrics[f"blocks/{model}/{coalitions}/plain"] / r.metrics[f"blocks/{name}"]
             apart = r.metrics[f"largest_difference/{name}"]
             rows.append((model, coalitions, way, ratio, blocks, f"at most {apart:.0e} nats" if apart else "nothing"))
@@ -58,13 +58,31 @@ def instruct_table(results: Iterable[Result]) -> str:
     for r in (r for r in results if r.protocol == "speed_instruct"):
         for key in (key.removeprefix("ratio/") for key in r.metrics if key.startswith("ratio/")):
             contender, _, packed = key.partition(", ")
-            ratio = Estimate(*(r.metrics[f"{what}/{key}"] for what in ("ratio", "ratio_min", "ratio_max")))
+            ratio = _ratio(r, key)
             rows.append(
                 ("yes" if packed else "no", names[contender], f"{r.metrics[f'tokens_per_second/{key}']:.0f}",
                  None if contender == "trl" else ratio, f"{r.metrics[f'peak_bytes/{key}'] / 1e9:.1f} GB")
             )  # fmt: skip
     columns = [("packed",), ("trainer",), ("tokens a CPU second",), ("× TRL's", ".2f"), ("peak memory",)]
     return markdown_table(columns, sorted(rows, key=lambda row: row[0]))
+
+
+def clip_table(results: Iterable[Result]) -> str:
+    """Markdown: images a second of few-shot training and evaluation, against a plain loop."""
+    names = {"plain": "training, plain loop", "lora": "training, this loop, LoRA",
+             "copra": "training, this loop, CopRA", "evaluation/plain": "evaluating three adapters, plain loop",
+             "evaluation/here": "evaluating three adapters, here"}  # fmt: skip
+    rows = [
+        (label, f"{r.metrics[f'images_per_second/{key}']:.0f}", None if key.endswith("plain") else _ratio(r, key))
+        for r in results
+        if r.protocol == "speed_clip"
+        for key, label in names.items()
+    ]
+    return markdown_table([("",), ("images a CPU second",), ("× the plain loop's", ".2f")], rows)
+
+
+def _ratio(r: Result, key: str) -> Estimate:
+    return Estimate(*(r.metrics[f"{what}/{key}"] for what in ("ratio", "ratio_min", "ratio_max")))
 
 
 def _estimators_cells(budget: int, cells: list[dict], config: dict) -> tuple[str, ...]:
