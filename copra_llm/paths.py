@@ -40,7 +40,7 @@ def data_root(flag: str | None, benchmark: str) -> Path | str:
     if not root.is_dir():
         source = "--data_root" if flag is not None else "$COPRA_DATA"
         raise InputError(
-            f"{source} names {root}, which is not a folder; give the folder that holds <task>/train.jsonl, "
+            f"{source} names {root}, which is not a folder; give the folder that holds one folder a task, "
             f'or "{SAMPLE}", or "{HUB}"'
         )
     return root
