@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from copra_llm import samples
-from copra_llm.config import ALL, RunConfig, parse_run_config
+from copra_llm.config import COMMON, RunConfig, parse_run_config
 from copra_llm.errors import InputError
 from copra_llm.generate import generate, prompts_of, question, stop_of
 from copra_llm.models import load_adapter, load_base
@@ -129,7 +129,7 @@ def test_prompts_come_from_texts_and_files(tmp_path, data):
     lines.write_text("the film\n\n her song \n", encoding="utf-8")
     config = parse_run_config(
         ["--dataset_name", "a", "--sample_prompts", "once more", str(lines), str(data), "--max_new_tokens", "4"],
-        groups=ALL,
+        groups=(*COMMON, InstructSettings),
     )
     records = prompt_records(config.instruct)
     assert [shown(record) for record in records[:5]] == [
