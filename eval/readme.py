@@ -9,7 +9,7 @@ Between `<!-- begin NAME -->` and `<!-- end NAME -->` stands what NAME's functio
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
@@ -59,6 +59,21 @@ def planned_suite(records: Sequence[Result]) -> str:
     return suite_table(records, model, plan["tasks"], rate, steps)
 
 
+def of_sweep(entry: str, table: Callable[[Sequence[Result]], str]) -> Callable[[Sequence[Result]], str]:
+    """A table of what one entry of eval/sweep's plan runs; its records lie with the other entries'."""
+    plan = yaml.safe_load((EVAL / "sweep" / "plan.yaml").read_text(encoding="utf-8"))[entry]
+
+    def planned(r: Result) -> bool:
+        c = r.config
+        return (
+            (c.get("variant") or c["method"]) in plan["variants"]
+            and c["learning_rate"] in plan["learning_rate"]
+            and c["max_steps"] in plan["max_steps"]
+        )
+
+    return lambda records: table([r for r in records if planned(r)])
+
+
 TABLES = {
     "demo": (connectivity_table, "demo"),
     "interpolation": (tuned_table, "interpolation"),
@@ -79,9 +94,9 @@ PAGES = {
         "pruning_details": (pruning_details, "pruning"),
     },
     EVAL / "sweep" / "README.md": {
-        "grid": (sweep_table, "sweep"),
+        "grid": (of_sweep("grid", sweep_table), "sweep"),
         "along": (along_table, "sweep"),
-        "schedules": (schedules_table, "sweep"),
+        "schedules": (of_sweep("schedules", schedules_table), "sweep"),
     },
     EVAL / "mtl15" / "README.md": {"suite": (planned_suite, "interpolation")},
     EVAL / "multitask" / "README.md": {"multitask_details": (multitask_details, "multitask")},
