@@ -84,6 +84,7 @@ TABLES = {
     "multitask": (multitask_table, "multitask"),
     "step_time": (step_time_table, "step_time"),
     "instruct_speed": (instruct_table, "speed"),
+    "instruct": (connectivity_table, "instruct"),
     "clip_speed": (clip_table, "speed"),
 }
 """README section -> (function of the records, folder of eval/ that holds them)."""
