@@ -129,6 +129,13 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
     return result
 
 
+def train_each(config: RunConfig) -> Iterator[Result]:
+    """Train an adapter a task, or one for all of them (`joint`), each into `OUTPUT/<task>/`; as `train_adapter`."""
+    groups = [config.data.tasks] if config.data.joint else [[task] for task in config.data.tasks]
+    for tasks in groups:
+        yield train_adapter(config, tasks, Path(config.train.output_dir) / "+".join(tasks))
+
+
 def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: Path) -> Progress:
     """Run the loop from the newest checkpoint (if asked to resume) to the last step."""
     settings, classifier = config.train, bench.classifier

@@ -7,7 +7,6 @@ OUTPUT/<task>/{adapter,result.json,config.yaml,checkpoint-*}. `--help` lists eve
 """
 
 import sys
-from pathlib import Path
 
 from accelerate import PartialState
 
@@ -15,7 +14,7 @@ from copra_llm.config import COMMON, RunConfig, parse_run_config
 from copra_llm.errors import exit_on_input_error
 from copra_llm.images import own_name
 from copra_llm.settings import ImageSettings
-from copra_llm.train import train_adapter
+from copra_llm.train import train_each
 
 DEFAULTS = {
     "model_name_or_path": "openai/clip-vit-base-patch16", "tasks": ["dtd"], "shots": 16, "lora_r": 2, "lora_alpha": 1.0,
@@ -38,10 +37,7 @@ def resolved(config: RunConfig) -> RunConfig:
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> int:
     config = resolved(parse_run_config(argv, __doc__, (*COMMON, ImageSettings), DEFAULTS))
-    output = Path(config.train.output_dir)
-    groups = [config.data.tasks] if config.data.joint else [[task] for task in config.data.tasks]
-    for tasks in groups:
-        result = train_adapter(config, tasks, output / "+".join(tasks))
+    for result in train_each(config):
         if PartialState().is_main_process:
             for name, value in result.metrics.items():
                 print(f"{name}: {value:.3f}")

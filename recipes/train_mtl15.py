@@ -6,14 +6,13 @@ Writes OUTPUT/<task>/{adapter,result.json,config.yaml,checkpoint-*}. `--help` li
 """
 
 import sys
-from pathlib import Path
 
 from accelerate import PartialState
 
 from copra_llm.config import parse_run_config
 from copra_llm.errors import exit_on_input_error
 from copra_llm.tasks.mtl15 import get_task
-from copra_llm.train import train_adapter
+from copra_llm.train import train_each
 
 
 @exit_on_input_error
@@ -21,10 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_run_config(argv, description=__doc__)
     for task in config.data.tasks:
         get_task(task)
-    output = Path(config.train.output_dir)
-    groups = [config.data.tasks] if config.data.joint else [[task] for task in config.data.tasks]
-    for tasks in groups:
-        result = train_adapter(config, tasks, output / "+".join(tasks))
+    for result in train_each(config):
         if PartialState().is_main_process:
             for name, value in result.metrics.items():
                 print(f"{name}: {value:.3f}")
