@@ -25,11 +25,11 @@ def learning_table(results: Iterable[Result]) -> str:
     steps = sorted({step for of in losses for step in of})
     rows = [
         (g.model, g.task, g.name, f"{g.learning_rate:g}, {g.steps}", *(of.get(step) for step in steps),
-         seeds_of(g, "dev", "loss"), seeds_of(g, "test", "loss"), _seconds(g))
+         seeds_of(g, "dev", "loss"), seeds_of(g, "test", "loss"))
         for g, of in zip(groups, losses, strict=True)
     ]  # fmt: skip
     columns = [("model",), ("task",), ("method",), ("lr, steps",), *((f"step {step}", ".3f") for step in steps),
-               ("dev loss at the end", ".3f"), ("test loss", ".3f"), ("seconds", ".0f")]  # fmt: skip
+               ("dev loss at the end", ".3f"), ("test loss", ".3f")]  # fmt: skip
     return markdown_table(columns, rows)
 
 
@@ -86,7 +86,3 @@ def _loss(task: str, which: str):
 
 def _added(task: str):
     return lambda r: _loss(task, "merged")(r) - _loss(task, "single")(r)
-
-
-def _seconds(g: Group) -> float:
-    return sum(r.seconds for r in g.records) / len(g.records)
