@@ -133,7 +133,8 @@ def merge_groups(store: Store, plan: MultiTask, method: str, seed: int, data_roo
         if plan.task_settings:
             result.config["task_settings"] = {task: plan.task_settings.get(task, {}) for task in group}
         write_result(record, portable(result))
-        store.say(f"{record}: {result.metrics['test/mean/accuracy/normalised']:.1f} % of the single tasks' accuracy")
+        single, merged = (result.metrics[f"test/mean/accuracy/{which}"] for which in ("single", "merged"))
+        store.say(f"{record}: mean accuracy {merged:.1f}, of the single adapters {single:.1f}")
 
 
 def merged_record(
