@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
@@ -134,6 +134,13 @@ def train_each(config: RunConfig) -> Iterator[Result]:
     groups = [config.data.tasks] if config.data.joint else [[task] for task in config.data.tasks]
     for tasks in groups:
         yield train_adapter(config, tasks, Path(config.train.output_dir) / "+".join(tasks))
+
+
+def print_metrics(result: Result) -> None:
+    """One metric a line, on the main process."""
+    if PartialState().is_main_process:
+        for name, value in result.metrics.items():
+            print(f"{name}: {value:.3f}")
 
 
 def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: Path) -> Progress:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from copra_llm.errors import InputError
+
+
+@functools.cache
+def packaged_yaml(package: str, name: str) -> dict[str, Any]:
+    """A YAML file that ships with a package, read once; not to be written to."""
+    import yaml
+
+    return yaml.safe_load(resources.files(package).joinpath(name).read_text(encoding="utf-8"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

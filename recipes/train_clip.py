@@ -8,13 +8,11 @@ OUTPUT/<task>/{adapter,result.json,config.yaml,checkpoint-*}. `--help` lists eve
 
 import sys
 
-from accelerate import PartialState
-
 from copra_llm.config import COMMON, RunConfig, parse_run_config
 from copra_llm.errors import exit_on_input_error
 from copra_llm.images import own_name
 from copra_llm.settings import ImageSettings
-from copra_llm.train import train_each
+from copra_llm.train import print_metrics, train_each
 
 DEFAULTS = {
     "model_name_or_path": "openai/clip-vit-base-patch16", "tasks": ["dtd"], "shots": 16, "lora_r": 2, "lora_alpha": 1.0,
@@ -38,9 +36,7 @@ def resolved(config: RunConfig) -> RunConfig:
 def main(argv: list[str] | None = None) -> int:
     config = resolved(parse_run_config(argv, __doc__, (*COMMON, ImageSettings), DEFAULTS))
     for result in train_each(config):
-        if PartialState().is_main_process:
-            for name, value in result.metrics.items():
-                print(f"{name}: {value:.3f}")
+        print_metrics(result)
     return 0
 
 

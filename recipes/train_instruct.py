@@ -15,7 +15,7 @@ from accelerate import PartialState
 from copra_llm.config import COMMON, parse_run_config
 from copra_llm.errors import exit_on_input_error
 from copra_llm.settings import InstructSettings
-from copra_llm.train import train_adapter
+from copra_llm.train import print_metrics, train_adapter
 
 DEFAULTS = {
     "model_name_or_path": "smollm2", "tasks": ["instruct"], "lora_r": 16, "lora_alpha": 32.0,
@@ -32,8 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     if PartialState().is_main_process:
         for split, counts in result.data["records"].items():
             print(f"{split}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
-        for name, value in result.metrics.items():
-            print(f"{name}: {value:.3f}")
+    print_metrics(result)
     return 0
 
 

@@ -7,12 +7,10 @@ Writes OUTPUT/<task>/{adapter,result.json,config.yaml,checkpoint-*}. `--help` li
 
 import sys
 
-from accelerate import PartialState
-
 from copra_llm.config import parse_run_config
 from copra_llm.errors import exit_on_input_error
 from copra_llm.tasks.mtl15 import get_task
-from copra_llm.train import train_each
+from copra_llm.train import print_metrics, train_each
 
 
 @exit_on_input_error
@@ -21,9 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     for task in config.data.tasks:
         get_task(task)
     for result in train_each(config):
-        if PartialState().is_main_process:
-            for name, value in result.metrics.items():
-                print(f"{name}: {value:.3f}")
+        print_metrics(result)
     return 0
 
 

@@ -102,7 +102,7 @@ def test_images_that_a_split_file_names_and_that_are_absent(tmp_path, capsys):
     assert f"  {tmp_path}/dtd/images/train_2.png does not exist; unpack it there" in said
 
 
-@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="needs the shared data")
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"{REAL_DATA} is not there; COPRA_TEST_DATA names it")
 def test_a_real_set(capsys):
     code, said, _ = check(capsys, "dtd10", "--data_root", REAL_DATA / "images", "--json")
     figures = json.loads(said)

@@ -86,15 +86,15 @@ class Series:
         """Percent by seed."""
         return self.value("accuracy", name, density)
 
-    def drop(self, name: str, density: float = 1.0) -> dict[int, float]:
-        """What the variant loses of the whole adapter's accuracy, in percentage points by seed."""
-        whole, left = self.accuracy("all"), self.accuracy(name, density)
-        return {seed: whole[seed] - left[seed] for seed in whole.keys() & left.keys()}
+    def worse(self, what: str, name: str, density: float = 1.0) -> dict[int, float]:
+        """By seed: points of accuracy that the variant loses of the whole adapter's, or nats of loss that it gains."""
+        whole, left = self.value(what, "all"), self.value(what, name, density)
+        sign = 1 if what == "accuracy" else -1
+        return {seed: sign * (whole[seed] - left[seed]) for seed in whole.keys() & left.keys()}
 
-    def rise(self, name: str, density: float = 1.0) -> dict[int, float]:
-        """How far the variant's loss lies above the whole adapter's, in nats by seed."""
-        whole, left = self.value("loss", "all"), self.value("loss", name, density)
-        return {seed: left[seed] - whole[seed] for seed in whole.keys() & left.keys()}
+    def drop(self, name: str, density: float = 1.0) -> dict[int, float]:
+        """Accuracy lost, in percentage points by seed."""
+        return self.worse("accuracy", name, density)
 
     def over_layers(self, value: Callable[[str], dict[int, float]]) -> dict[int, float]:
         """Mean of a value over `LAYERS`, by seed; empty if one is missing."""

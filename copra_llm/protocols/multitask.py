@@ -129,9 +129,9 @@ def merge_groups(store: Store, plan: MultiTask, method: str, seed: int, data_roo
     alone = {task: evaluators[task](singles[task], task) for task in tasks}
     for group, rule, record in missing:
         config = plan.config(group[0], method, seed, data_root).replace(tasks=group)
-        result = merged_record(config, rule, {task: singles[task] for task in group}, alone, evaluators)
-        if plan.task_settings:
-            result.config["task_settings"] = {task: plan.task_settings.get(task, {}) for task in group}
+        own = {task: plan.task_settings.get(task, {}) for task in group}
+        result = merged_record(config, rule, {task: singles[task] for task in group}, alone, evaluators,
+                               {"task_settings": own} if plan.task_settings else {})  # fmt: skip
         write_result(record, portable(result))
         single, merged = (result.metrics[f"test/mean/accuracy/{which}"] for which in ("single", "merged"))
         store.say(f"{record}: mean accuracy {merged:.1f}, of the single adapters {single:.1f}")
@@ -143,6 +143,7 @@ def merged_record(
     singles: dict[str, AdapterWeights],
     alone: dict[str, Evaluation],
     evaluators: dict[str, AdapterEvaluator],
+    settings: dict[str, Any],
 ) -> Result:
     """Merge adapters of several tasks and evaluate the result on each of them.
 
@@ -152,6 +153,7 @@ def merged_record(
         singles: the adapters by task, in the order of merging.
         alone: how good each is on its task, by task.
         evaluators: the model with each task's data, all of one split.
+        settings: more entries for the record's config.
     """
     first = next(iter(evaluators.values()))
     started = time.time()
@@ -179,7 +181,7 @@ def merged_record(
     }  # fmt: skip
     return Result(
         protocol="multitask",
-        config=config.flat() | about,
+        config=config.flat() | about | settings,
         metrics=metrics,
         seconds=time.time() - started,
         peak_memory_bytes=peak_memory_bytes(),

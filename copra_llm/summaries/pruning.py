@@ -7,6 +7,7 @@ share initialisation and data order: a variant with the whole adapter, and a met
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from copra_llm.estimates import Estimate, paired_estimate, seed_estimate
@@ -43,7 +44,7 @@ def _table(results: Iterable[Result], densities: Sequence[float], what: str = "a
     rows = []
     for s in series:
         against = next((o for o in series if o.place == s.place and (o.method, o.early) == ("LoRA", s.early)), s)
-        lost, lora_lost = (of.over_layers(of.drop if what == "accuracy" else of.rise) for of in (s, against))
+        lost, lora_lost = (of.over_layers(partial(of.worse, what)) for of in (s, against))
         rows.append((
             s.model, s.task, s.name, *(_mean(s.value(what, name)) for name in ("all", *LAYERS)), _estimate(lost),
             paired_estimate(lost, lora_lost) if against is not s else None,

@@ -17,7 +17,6 @@ import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from copra_llm.errors import InputError, nearest
 from copra_llm.paths import HUB, SAMPLE
 from copra_llm.tasks.instruct.files import file_rows
 from copra_llm.tasks.instruct.sources import strict
+from copra_llm.yaml_file import packaged_yaml
 
 COMMONSENSE = "instruct/commonsense"
 """Where the data lie in `$COPRA_DATA`."""
@@ -59,12 +59,8 @@ class ChoiceExample:
     """File and line."""
 
 
-@functools.cache
 def _specifications() -> dict[str, dict]:
-    import yaml
-
-    text = resources.files("copra_llm.tasks").joinpath("choices.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)
+    return packaged_yaml("copra_llm.tasks", "choices.yaml")
 
 
 def choice_task_names() -> list[str]:

@@ -9,7 +9,6 @@ Source: MTL15 as in O-LoRA (Wang et al. 2023, arXiv 2310.14152); used by CopRA i
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import dataclass
 from importlib import resources
@@ -20,6 +19,7 @@ import numpy as np
 
 from copra_llm.errors import InputError, nearest
 from copra_llm.paths import HUB, SAMPLE
+from copra_llm.yaml_file import packaged_yaml
 
 SPLITS = ("train", "dev", "test")
 
@@ -54,12 +54,8 @@ class Task:
         return [template.format(**fields) for template in self.input_templates]
 
 
-@functools.cache
 def _specifications() -> dict[str, dict]:
-    import yaml
-
-    text = resources.files("copra_llm.tasks").joinpath("mtl15.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)
+    return packaged_yaml("copra_llm.tasks", "mtl15.yaml")
 
 
 def task_names() -> list[str]:

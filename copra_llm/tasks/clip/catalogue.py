@@ -7,13 +7,12 @@ folders) except where a set's folders are not named in words.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 
 from copra_llm.errors import InputError, nearest
+from copra_llm.yaml_file import packaged_yaml
 
 IMAGES = "images"
 """Where the image sets lie in `$COPRA_DATA`."""
@@ -50,12 +49,8 @@ class ImageTask:
         return [self.template.format(name) for name in classnames]
 
 
-@functools.cache
 def _specifications() -> dict[str, dict]:
-    import yaml
-
-    text = resources.files("copra_llm.tasks.clip").joinpath("catalogue.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)
+    return packaged_yaml("copra_llm.tasks.clip", "catalogue.yaml")
 
 
 def image_task_names() -> list[str]:
