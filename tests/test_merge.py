@@ -59,6 +59,12 @@ def close(a: Tensor | np.ndarray, b: Tensor | np.ndarray, scale: float = 100.0) 
     return float(abs(torch.as_tensor(a) - torch.as_tensor(b)).max()) <= scale * 2.0**-50
 
 
+def same_up_to_its_norm(merged: LoraFactors, single: LoraFactors) -> bool:
+    """Equal up to 40 roundings of Delta W's norm, which is what QR and SVD promise (at most 7 were measured)."""
+    delta = single.delta_weight()
+    return close(merged.delta_weight(), delta, scale=10.0 * float(torch.linalg.matrix_norm(delta)))
+
+
 # --- fusion -----------------------------------------------------------------------------------------------
 
 
@@ -104,8 +110,8 @@ def test_one_hot_weights_give_that_adapters_delta(method, scalings, seed):
     """Weights (1, 0) and (0, 1), scalings of any sign; (1, 0) is exact in fusion: the first factors unchanged."""
     first, second = (factors(seed + i, 3, s, torch.float64) for i, s in enumerate(scalings))
     merged = METHODS[method]([first, second], [1.0, 0.0])
-    assert close(merged.delta_weight(), first.delta_weight())
-    assert close(METHODS[method]([first, second], [0.0, 1.0]).delta_weight(), second.delta_weight())
+    assert same_up_to_its_norm(merged, first)
+    assert same_up_to_its_norm(METHODS[method]([first, second], [0.0, 1.0]), second)
     if method == "fusion":
         assert torch.equal(merged.lora_A, first.lora_A) and torch.equal(merged.lora_B, first.lora_B)
 
