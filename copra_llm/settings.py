@@ -102,11 +102,20 @@ class ScheduleSettings:
     ramp_shape: str | None = setting(None, "linear, exponential, cosine, constant or reversed; unset: the method's.")
     granularity: str = setting("layer", "What one gate switches: layer (a transformer block) or module.")
     layer_pattern: str | None = setting(None, "Regular expression whose match ends a layer's name; unset: an integer.")
+    stochastic_depth: float | None = setting(
+        None, "Ablation of plain LoRA: leave out whole blocks, the last one at this rate in (0, 1), the first rarely."
+    )
 
     def __post_init__(self):
         self.schedule()
         if self.granularity not in ("layer", "module"):
             raise InputError(f"--granularity is {self.granularity!r}, but must be layer or module")
+        if self.stochastic_depth is not None:
+            if not 0.0 < self.stochastic_depth < 1.0:
+                raise InputError(f"--stochastic_depth is {self.stochastic_depth:g}, but must lie in (0, 1)")
+            if self.schedule() != METHODS["lora"] or self.granularity != "layer":
+                raise InputError("--stochastic_depth leaves out blocks of plain LoRA, but this method leaves out "
+                                 "adapters; give --method lora alone, or no --stochastic_depth")  # fmt: skip
         try:
             re.compile(self.layer_pattern or "")
         except re.error as error:

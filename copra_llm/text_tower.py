@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from copra_llm.gates import acting, adapter_state
 from copra_llm.replaced import replaced_forward
+from copra_llm.stochastic_depth import thinned
 from copra_llm.towers import tower
 
 KEPT_BYTES = 2**28
@@ -142,6 +143,8 @@ def _drops_out(parts: Iterable[nn.Module]) -> bool:
     """Whether the frozen tower itself is random while training."""
     for part in parts:
         for name, module in part.named_modules():
+            if thinned(module):
+                return True
             if isinstance(module, nn.Dropout) and module.p > 0 and ".lora_" not in name:
                 return True
             if isinstance(getattr(module, "dropout", None), float) and module.dropout > 0:

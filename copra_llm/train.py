@@ -65,6 +65,7 @@ from copra_llm.results import (
 from copra_llm.samples import Samples
 from copra_llm.saved_runs import ADAPTER, RESULT, step_at
 from copra_llm.settings import FLOORED
+from copra_llm.stochastic_depth import StochasticDepth
 
 
 def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
@@ -150,6 +151,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     total_steps = _total_steps(config, accelerator, sum(map(len, splits)))
     schedule = config.schedule.schedule()
     gates = LayerGates(classifier, config.schedule.granularity, config.schedule.layer_pattern)
+    depth = StochasticDepth(classifier, gates.keys, config.schedule.stochastic_depth, settings.seed_of("mask"))
     trained = [p for p in classifier.parameters() if p.requires_grad]
     optimizer = make_optimizer(classifier, settings)
     # Not prepared: Accelerate would step it once a process, but rate and p(t) count optimizer steps.
@@ -186,7 +188,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
             p = schedule(now / whole)
             mask = sample_mask(p, gates.num_layers, seed=settings.seed_of("mask"), step=now)
             _seed_noise(settings.seed_of("data"), now, accelerator.process_index)
-            with gates.applied(mask):
+            with gates.applied(mask), depth.applied(now):
                 for batch in next_step(accelerator, batches, settings.gradient_accumulation_steps):
                     with accelerator.accumulate(classifier):
                         loss = classifier(batch)
