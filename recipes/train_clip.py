@@ -11,18 +11,11 @@ import sys
 from copra_llm.config import COMMON, RunConfig, parse_run_config
 from copra_llm.errors import exit_on_input_error
 from copra_llm.images import own_name
+from copra_llm.protocols.clip import MODELS, SETTINGS, STEPS_A_SHOT
 from copra_llm.settings import ImageSettings
 from copra_llm.train import print_metrics, train_each
 
-DEFAULTS = {
-    "model_name_or_path": "openai/clip-vit-base-patch16", "tasks": ["dtd"], "shots": 16, "lora_r": 2, "lora_alpha": 1.0,
-    # CLIP-LoRA's code divides by the root of the rank.
-    "use_rslora": True, "lora_dropout": 0.25, "lora_target_modules": ["qkv"], "learning_rate": 5e-4,
-    "lr_scheduler_type": "cosine_with_min_lr", "min_lr": 1e-6, "weight_decay": 1e-2, "max_grad_norm": 0.0,
-    "per_device_train_batch_size": 32, "per_device_eval_batch_size": 128,
-}  # fmt: skip
-STEPS_A_SHOT = 500
-"""Optimizer steps are so many times the shots, unless --max_steps says how many."""
+DEFAULTS = SETTINGS | {"model_name_or_path": MODELS["paper"], "tasks": ["dtd"], "shots": 16}
 
 
 def resolved(config: RunConfig) -> RunConfig:

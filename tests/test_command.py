@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from copra_llm.errors import InputError
 from copra_llm.protocols.command import chosen_plans, protocol_parser
 from copra_llm.protocols.connectivity import Plan
+from copra_llm.protocols.multitask import MultiTask
 from copra_llm.protocols.sweep import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,9 +35,14 @@ def test_an_entry_with_nothing_left_to_do_is_left_out():
     assert chosen(["--tasks", "mnli"]).keys() == {"minilm"}
 
 
-def test_what_a_plan_does_not_have_is_refused():
-    with pytest.raises(InputError, match="--methods was given, but this protocol's plan has no methods"):
-        chosen(["--methods", "copra"], Sweep, "sweep", "sweeps")
+def test_variants_and_groups_are_chosen_by_their_names():
+    (sweep,) = chosen(["--methods", "lora", "--sweeps", "grid"], Sweep, "sweep", "sweeps").values()
+    assert list(sweep.variants) == ["lora"]
+    assert not chosen(["--methods", "none"], Sweep, "sweep", "sweeps")
+    argv = ["--plans", "minilm", "--tasks", "sst2", "agnews", "mnli"]
+    (tasks,) = chosen(argv, MultiTask, "multitask", "plans").values()
+    assert tasks.groups == [["sst2", "agnews"]]
+    assert not chosen([*argv[:3], "sst2"], MultiTask, "multitask", "plans")
 
 
 @pytest.mark.parametrize("runner", RUNNERS, ids=lambda path: path.parent.name)

@@ -114,7 +114,7 @@ def test_a_record_holds_every_variant(done, runs):
     )
     assert (config["method"], config["seed"], config["lora_r"]) == ("copra", 1, 2)
     assert config["data_root"] is None and config["output_dir"] is None and "/" not in config["model_name_or_path"]
-    wanted = PLAN.variants(structured_names(load_adapter_weights(runs / COPRA / "steps4-seed1")), 1)
+    wanted = PLAN.smaller(structured_names(load_adapter_weights(runs / COPRA / "steps4-seed1")), 1)
     rows = record.data["rows"]
     assert [(r["kind"], r["name"], r["density"]) for r in rows] == [(v.kind, v.name, v.density) for v in wanted]
     assert {"every-other", "low", "middle", "high", "query", "key", "value", "int8"} <= {r["name"] for r in rows}

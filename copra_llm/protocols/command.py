@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from copra_llm.errors import InputError
 from copra_llm.protocols.plans import read_plans
 
 P = TypeVar("P")
@@ -53,22 +52,39 @@ def chosen_plans(args: argparse.Namespace, kind: type[P]) -> Iterator[tuple[str,
     """The entries of the plan that were asked for, with the tasks and methods that were asked for.
 
     Raises:
-        InputError: if the plan is wrong, or an entry has no tasks or methods to choose among.
+        InputError: if the plan is wrong.
     """
     for name, plan in read_plans(args.plan, kind).items():
         if args.entries is None or name in args.entries:
-            chosen = _narrowed(plan, tasks=args.tasks, methods=args.methods)
+            chosen = narrowed(plan, args.tasks, args.methods)
             if chosen is not None:
                 yield name, chosen
 
 
-def _narrowed(plan: Any, **wanted: list[str] | None) -> Any:
-    """The plan with what was asked for of it; None if nothing is left to do."""
-    chosen = {}
-    for field, values in wanted.items():
-        if values is None:
-            continue
-        if not hasattr(plan, field):
-            raise InputError(f"--{field} was given, but this protocol's plan has no {field}; leave it out")
-        chosen[field] = [value for value in getattr(plan, field) if value in values]
-    return dataclasses.replace(plan, **chosen) if all(chosen.values()) else None
+def narrowed(plan: P, tasks: Sequence[str] | None, methods: Sequence[str] | None) -> P | None:
+    """What was asked for of a plan; None if nothing of it is left to do.
+
+    Args:
+        plan: of any protocol.
+        tasks: that may be used; groups of tasks that need another one are left out. None: all.
+        methods: names of methods, and of variants where the plan has those. None: all.
+    """
+    if tasks is not None:
+        if hasattr(plan, "groups"):
+            fields = {"groups": [group for group in plan.groups if set(group) <= set(tasks)]}
+        else:
+            fields = {"tasks": [task for task in plan.tasks if task in tasks]}
+        if not any(fields.values()):
+            return None
+        plan = dataclasses.replace(plan, **fields)
+    if methods is not None:
+        named = {field: getattr(plan, field) for field in ("methods", "variants") if hasattr(plan, field)}
+        fields = {
+            field: {n: own for n, own in names.items() if n in methods} if isinstance(names, dict)
+            else [n for n in names if n in methods]
+            for field, names in named.items()
+        }  # fmt: skip
+        if not any(fields.values()):
+            return None
+        plan = dataclasses.replace(plan, **fields)
+    return plan

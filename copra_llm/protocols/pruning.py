@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from copra_llm.adapters import load_adapter_weights
@@ -48,13 +48,15 @@ class Plan:
     early_tasks: list[str]
     """Where the checkpoint at T/4 is evaluated too; it must be trained again if the run has not kept it."""
     early_methods: list[str]
+    variants: list[str] = field(default_factory=list)
+    """Names of schedules beside the methods, as a sweep has trained them."""
 
     def __post_init__(self):
-        need_entries(self, "tasks", "methods", "seeds")
+        need_entries(self, "tasks", "methods" if not self.variants else "variants", "seeds")
         check_methods([*self.methods, *self.early_methods])
-        self.variants([], 0)
+        self.smaller([], 0)
 
-    def variants(self, keep: Iterable[str], seed: int) -> list[Variant]:
+    def smaller(self, keep: Iterable[str], seed: int) -> list[Variant]:
         """What is evaluated of an adapter."""
         return figure_variants(keep, seed, self.densities, self.by, self.quantise)
 
@@ -83,7 +85,7 @@ def run_plan(
             GPUs, or cores.
     """
     jobs = []
-    for task, method in itertools.product(plan.tasks, plan.methods):
+    for task, method in itertools.product(plan.tasks, [*plan.methods, *plan.variants]):
         place = Path(model) / task / method
         found = [run for runs_of in repeated_runs(runs / place, plan.seeds) for run in runs_of]
         jobs.append(
@@ -102,7 +104,7 @@ def prune_runs(
     data_root: str | None,
     say: Callable[[str], None],
 ) -> None:
-    """All adapters of one task and method; one loaded model serves them."""
+    """All adapters of one task and method, or variant; one loaded model serves them."""
     early = task in plan.early_tasks and method in plan.early_methods
     evaluator: AdapterEvaluator | None = None
     for run, checkpoint in itertools.product(runs, ("final", "early") if early else ("final",)):
@@ -113,10 +115,10 @@ def prune_runs(
         weights = run.weights if checkpoint == "final" else load_adapter_weights(early_checkpoint(run, work, data_root))
         if evaluator is None or loaded_by(evaluator.config) != loaded_by(config):
             evaluator = AdapterEvaluator(config, [task], "test")
-        variants = plan.variants(structured_names(weights, config.schedule.layer_pattern), config.train.seed)
+        variants = plan.smaller(structured_names(weights, config.schedule.layer_pattern), config.train.seed)
         kept = unfinished_file(record)
         result = variants_record(weights, config, task, variants, evaluator, checkpoint=checkpoint, unfinished=kept)
-        finish(record, portable(result))
+        finish(record, portable(result, method if method in plan.variants else None))
         say(f"{record}: {summary(result)} in {result.seconds:.0f} s")
 
 

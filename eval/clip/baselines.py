@@ -20,13 +20,15 @@ from copra_llm.config import COMMON, RunConfig, parse_run_config
 from copra_llm.errors import exit_on_input_error
 from copra_llm.evaluate import evaluate, scoring
 from copra_llm.linear_probe import best_probe
+from copra_llm.protocols.clip import MODELS, SETTINGS
+from copra_llm.protocols.runs import portable
 from copra_llm.results import Result, pack_bits, peak_memory_bytes, write_result
 from copra_llm.settings import ImageSettings
 from copra_llm.train import run_environment
 
 WAYS = ("zero-shot", "linear-probe")
-DEFAULTS = {"model_name_or_path": "openai/clip-vit-base-patch16", "tasks": ["dtd"], "shots": 16,
-            "output_dir": str(Path(__file__).parent / "results"), "per_device_eval_batch_size": 128}  # fmt: skip
+DEFAULTS = SETTINGS | {"model_name_or_path": MODELS["paper"], "tasks": ["dtd"], "shots": 16,
+                       "output_dir": str(Path(__file__).parent / "results")}  # fmt: skip
 
 
 def zero_shot(accelerator: Accelerator, bench: Workbench, task: str, batch_size: int) -> tuple[dict, dict]:
@@ -83,7 +85,7 @@ def run(config: RunConfig, task: str, output: Path) -> None:
         environment = run_environment(accelerator, bench)
         record = Result("clip_baseline", settings, metrics, time.time() - started, peak_memory_bytes(), data=data,
                         environment=environment)  # fmt: skip
-        write_result(files[way], record)
+        write_result(files[way], portable(record))
         print(f"{files[way]}: {metrics[f'test/{task}/accuracy']:.2f} %", flush=True)
 
 
