@@ -15,7 +15,7 @@ import baselines
 
 from copra_llm.config import RunConfig
 from copra_llm.errors import exit_on_input_error
-from copra_llm.protocols.clip import FIGURES, MODELS, SETTINGS, entries, run_figures
+from copra_llm.protocols.clip import FIGURES, MODELS, entries, run_figures
 from copra_llm.protocols.command import narrowed, say
 
 HERE = Path(__file__).parent
@@ -29,8 +29,9 @@ def run_baselines(args: argparse.Namespace) -> None:
         for task in chosen.tasks if chosen else ():
             for seed in plan.seeds:
                 own = {"model_name_or_path": args.model_name_or_path or MODELS[args.scale], "tasks": [task],
-                       "shots": shots, "seed": seed, "data_root": args.data_root}  # fmt: skip
-                baselines.run(RunConfig().replace(**SETTINGS | own), task, args.results / f"{shots}-shots" / BASELINES)
+                       "seed": seed, "data_root": args.data_root}  # fmt: skip
+                config = RunConfig().replace(**plan.settings | own)
+                baselines.run(config, task, args.results / f"{shots}-shots" / BASELINES)
 
 
 @exit_on_input_error

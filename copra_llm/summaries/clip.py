@@ -1,0 +1,76 @@
+"""How accurate are few-shot adapters of a dual encoder, alone and merged, beside what needs no adapter? A table.
+
+Means over seeds with 95 % intervals (Student's t); against LoRA seed by seed. What two merged adapters have is over
+pairs of seeds, as in the other tables of merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from copra_llm.estimates import paired_estimate
+from copra_llm.figures.groups import Group, grouped, rank
+from copra_llm.figures.merged import KEYS, merged_figures
+from copra_llm.figures.runs import seeds_of
+from copra_llm.report.tables import Value, markdown_table
+from copra_llm.results import Result
+from copra_llm.tasks.clip.catalogue import get_image_task, image_task_names
+
+BASELINES = {"zero-shot": "zero-shot", "linear-probe": "linear probe"}
+"""Labels of what has no adapter, and as they are shown."""
+
+
+def few_shot_table(results: Iterable[Result]) -> str:
+    """Markdown, a row a model, task, number of shots and method: accuracies in percent, chance beside them."""
+    results = list(results)
+    runs = grouped((r for r in results if r.protocol in ("train", "clip_baseline")), ("shots",))
+    lines = {
+        (_place(g), g.label, g.values[0]): g
+        for g in grouped((r for r in results if r.protocol == "interpolation"), (*KEYS, "shots"))
+    }
+    rows = []
+    for g in sorted(runs, key=_order):
+        lora = next((o for o in runs if o.label == "LoRA" and _place(o) == _place(g)), g)
+        against = None if lora is g else paired_estimate(g.by_seed(_accuracy(g)), lora.by_seed(_accuracy(g)))
+        rows.append((g.model, g.task, _chance(g.task_key), g.values[-1], BASELINES.get(g.label, g.name),
+                     seeds_of(g, "test"), against, *_merged(lines, g)))  # fmt: skip
+    columns = [
+        ("model",), ("task",), ("chance", ".0f"), ("shots", "d"), ("method",), ("accuracy", ".1f"),
+        ("minus LoRA's", ".1f"), ("fused", ".1f"), ("drop when fused", ".1f"), ("fused minus LoRA's", ".1f"),
+        ("aligned, fused", ".1f"), ("mixture", ".1f"),
+    ]  # fmt: skip
+    return markdown_table(columns, rows)
+
+
+def _merged(lines: dict[tuple, Group], g: Group) -> list[Value]:
+    """Fused accuracy, drop, against fused LoRA, fused after LoRA-align, mixture; None for what was not merged."""
+    fused, aligned, mixture = (lines.get((_place(g), g.label, rule)) for rule in ("fusion", "align", "mixture"))
+    others = [merged_figures(of).accuracy.mean if of else None for of in (aligned, mixture)]
+    if fused is None:
+        return [None, None, None, *others]
+    lora = lines.get((_place(g), "LoRA", "fusion"))
+    figures = merged_figures(fused, None if lora is fused else lora)
+    return [figures.accuracy, figures.drop, figures.against_lora, *others]
+
+
+def _place(g: Group) -> tuple:
+    """Model, task and shots."""
+    return g.model, g.task_key, g.values[-1]
+
+
+def _order(g: Group) -> tuple:
+    model, task, shots = _place(g)
+    baselines = list(BASELINES)
+    return model, task, -(shots or 0), (0, baselines.index(g.label)) if g.label in BASELINES else (1, *rank(g.label))
+
+
+def _accuracy(g: Group):
+    return lambda r: r.metrics[f"test/{g.task_key}/accuracy"]
+
+
+def _chance(task: str) -> float | None:
+    """Percent that guessing gets right; None for images of one's own, whose classes the records do not count."""
+    if task not in image_task_names():
+        return None
+    known = get_image_task(task)
+    return 100 / (len(known.classes) if known.classes else known.counts["classes"])
