@@ -16,6 +16,7 @@ import yaml
 
 from copra_llm.report import connectivity_table, find_results, plot_curves, step_time_table
 from copra_llm.results import Result, write_atomic
+from copra_llm.summaries.clip import few_shot_table
 from copra_llm.summaries.instruct import learning_table, plot_learning, skills_table
 from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
 from copra_llm.summaries.landscape_plots import draw
@@ -59,6 +60,11 @@ def planned_suite(records: Sequence[Result]) -> str:
     return suite_table(records, model, plan["tasks"], rate, steps)
 
 
+def sixteen_shots(records: Sequence[Result]) -> str:
+    """The few-shot table of 16 shots alone."""
+    return few_shot_table([r for r in records if r.config["shots"] == 16])
+
+
 def of_sweep(entry: str, table: Callable[[Sequence[Result]], str]) -> Callable[[Sequence[Result]], str]:
     """A table of what one entry of eval/sweep's plan runs; its records lie with the other entries'."""
     plan = yaml.safe_load((EVAL / "sweep" / "plan.yaml").read_text(encoding="utf-8"))[entry]
@@ -85,9 +91,10 @@ TABLES = {
     "step_time": (step_time_table, "step_time"),
     "instruct_speed": (instruct_table, "speed"),
     "instruct": (connectivity_table, "instruct"),
+    "few_shot_16": (sixteen_shots, "clip/results/*-shots/micro-clip"),
     "clip_speed": (clip_table, "speed"),
 }
-"""README section -> (function of the records, folder of eval/ that holds them)."""
+"""README section -> (function of the records, folder of eval/ whose results they are, or a pattern below it)."""
 PAGES = {
     README: TABLES,
     EVAL / "pruning" / "README.md": {
@@ -112,6 +119,17 @@ PAGES = {
         "instruct_pruned": (pruning_loss_table, "instruct"),
         "instruct_pruned_accuracy": (pruning_table, "instruct"),
     },
+    EVAL / "clip" / "README.md": {
+        "few_shot": (few_shot_table, "clip/results/*-shots/micro-clip"),
+        "clip_pruning": (pruning_table, "clip/results/*-shots/pruned"),
+        "clip_federated": (federated_table, "clip/results/*-shots/micro-clip"),
+        "clip_multitask": (multitask_table, "clip/results/*-shots/micro-clip"),
+        "clip_shapley": (shapley_details, "clip/results/*-shots/micro-clip"),
+        "clip_grid": (sweep_table, "clip/results/*-shots/sweeps"),
+        "clip_along": (along_table, "clip/results/*-shots/sweeps"),
+        "clip_similarity": (similarity_table, "clip/results/*-shots/sweeps"),
+        "clip_layerwise": (layerwise_table, "clip/results/*-shots/sweeps"),
+    },
     EVAL / "shapley" / "README.md": {"shapley_details": (shapley_details, "shapley")},
     EVAL / "speed" / "README.md": {
         "merging": (merging_table, "speed"),
@@ -133,9 +151,10 @@ def filled(text: str, tables: dict = TABLES) -> str:
 
 
 def records_of(folder: str) -> list[Result]:
-    """The records of a protocol; none where it has not been run."""
-    results = EVAL / folder / "results"
-    return find_results([results]) if any(results.rglob("*.json")) else []
+    """The records of a protocol, or below what a pattern matches; none where nothing has been run."""
+    found = sorted(EVAL.glob(folder if "/" in folder else f"{folder}/results"))
+    found = [place for place in found if any(place.rglob("*.json"))]
+    return find_results(found) if found else []
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ from copra_llm.config import RunConfig
 from copra_llm.errors import exit_on_input_error
 from copra_llm.protocols.clip import FIGURES, MODELS, entries, run_figures
 from copra_llm.protocols.command import narrowed, say
+from copra_llm.protocols.runs import portable_name
 
 HERE = Path(__file__).parent
 BASELINES = "baselines"
@@ -28,10 +29,10 @@ def run_baselines(args: argparse.Namespace) -> None:
         chosen = narrowed(plan, args.tasks, None)
         for task in chosen.tasks if chosen else ():
             for seed in plan.seeds:
-                own = {"model_name_or_path": args.model_name_or_path or MODELS[args.scale], "tasks": [task],
-                       "seed": seed, "data_root": args.data_root}  # fmt: skip
+                model = args.model_name_or_path or MODELS[args.scale]
+                own = {"model_name_or_path": model, "tasks": [task], "seed": seed, "data_root": args.data_root}
                 config = RunConfig().replace(**plan.settings | own)
-                baselines.run(config, task, args.results / f"{shots}-shots" / BASELINES)
+                baselines.run(config, task, args.results / f"{shots}-shots" / portable_name(model))
 
 
 @exit_on_input_error
