@@ -130,7 +130,7 @@ def _build_images(config: RunConfig, tasks: list[str], adapter: Path | None, spl
     inputs = image_inputs(base)
     model = _attached(base, config, adapter, start)
     classifier = DualEncoder(base, model, {run.task.name: run.prompts for run in runs}, inputs)
-    encoded = encode_images(runs, inputs.size, settings)
+    encoded = encode_images(runs, inputs, settings)
     return Workbench(base, classifier, [run.task for run in runs], encoded)
 
 

@@ -1,6 +1,6 @@
-"""How does a vision tower want its images: how large, and with which mean and spread of each colour?
+"""How does a vision tower want its images: how large, their middle or all of them, and with which mean and spread?
 
-The size is that of the model's position embeddings; mean and standard deviation are those of its image processor
+The size is that of the model's position embeddings; the rest is what its image processor does
 (`preprocessor_config.json`, or `processor_config.json`, which newer versions of transformers write).
 """
 
@@ -26,6 +26,8 @@ class ImageInputs:
     """Of each colour, on a scale of 0 to 1."""
     std: tuple[float, ...]
     """Likewise."""
+    crop: bool = True
+    """Whether evaluation sees the middle square (CLIP) or the whole image, squeezed into one (SigLIP)."""
 
 
 def image_inputs(base: Base) -> ImageInputs:
@@ -49,7 +51,16 @@ def image_inputs(base: Base) -> ImageInputs:
     if not isinstance(size, int):
         raise InputError(f"{base.source.name} reads images of size {size}, but squares of one size are needed; give "
                          "another --model_name_or_path")  # fmt: skip
-    return ImageInputs(size, tuple(mean), tuple(std))
+    return ImageInputs(size, tuple(mean), tuple(std), _crops(values))
+
+
+def _crops(values: dict) -> bool:
+    """Whether the processor cuts out the middle: it says so, or gives a shorter side rather than both sides."""
+    said = values.get("do_center_crop")
+    if said is not None:
+        return bool(said)
+    size = values.get("size")
+    return not (isinstance(size, dict) and {"height", "width"} <= size.keys())
 
 
 def _three_numbers(values) -> bool:

@@ -16,8 +16,9 @@ import numpy as np
 from copra_llm.batches import EncodedSplit, Place
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
+from copra_llm.image_inputs import ImageInputs
 from copra_llm.paths import data_root
-from copra_llm.pictures import PictureCache, eval_view, needed_side, train_view, view_rng
+from copra_llm.pictures import PictureCache, eval_view, needed_side, train_view, view_rng, whole_view
 from copra_llm.settings import ImageSettings
 from copra_llm.tasks.clip.catalogue import IMAGES, ImageTask, get_image_task, image_task_names, named_images
 from copra_llm.tasks.clip.examples import ImageExample
@@ -101,21 +102,22 @@ class Views:
         limit_bytes: of the images that are kept.
         workers: processes that make the views.
         training: whether images are kept large enough for random crops.
+        crop: whether evaluation sees an image's middle; else all of it, squeezed.
     """
 
-    def __init__(self, size: int, limit_bytes: int, workers: int, training: bool):
-        self.size, self.workers = size, workers
+    def __init__(self, size: int, limit_bytes: int, workers: int, training: bool, crop: bool = True):
+        self.size, self.workers, self.crop = size, workers, crop
         self.cache = PictureCache(limit_bytes, needed_side(size) if training else size)
 
     def __call__(self, example: ImageExample, place: Place | None) -> np.ndarray:
-        """uint8 `(size, size, 3)`: the random view at a place of the training stream; None: the image's middle.
+        """uint8 `(size, size, 3)`: the random view at a place of the training stream; None: evaluation's.
 
         Raises:
             InputError: if the image cannot be read.
         """
         image = self.cache[example.source]
         if place is None:
-            return eval_view(image, self.size)
+            return (eval_view if self.crop else whole_view)(image, self.size)
         return train_view(image, self.size, view_rng(*place))
 
     def prepare(self, examples: list[ImageExample]) -> None:
@@ -127,12 +129,17 @@ class Views:
         self.cache.fill((example.source for example in examples), threads=max(1, self.workers))
 
 
-def encode_images(runs: list[ImageRun], size: int, settings: ImageSettings) -> dict[str, dict[str, EncodedSplit]]:
-    """`{split: {task: examples}}`; training and evaluation share the memory for decoded images evenly."""
+def encode_images(
+    runs: list[ImageRun], inputs: ImageInputs, settings: ImageSettings
+) -> dict[str, dict[str, EncodedSplit]]:
+    """`{split: {task: examples}}`, as the vision tower wants them.
+
+    Training and evaluation share the memory for decoded images evenly.
+    """
     names = {split for run in runs for split in run.splits}
     shares = 2 if "train" in names and len(names) > 1 else 1
     limit, workers = settings.image_cache_bytes // shares, settings.dataloader_num_workers
-    views = {training: Views(size, limit, workers, training) for training in (True, False)}
+    views = {training: Views(inputs.size, limit, workers, training, inputs.crop) for training in (True, False)}
     splits: dict[str, dict[str, EncodedSplit]] = {}
     for run in runs:
         for split, examples in run.splits.items():

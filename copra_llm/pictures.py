@@ -161,6 +161,11 @@ def eval_view(image: np.ndarray, size: int) -> np.ndarray:
     return _middle(resized, size, size)
 
 
+def whole_view(image: np.ndarray, size: int) -> np.ndarray:
+    """The whole image, squeezed into a square; arguments and result as of `eval_view`."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
 def _middle(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """The middle of the image, at most so high and wide."""
     top, left = (max(0, have - want) // 2 for have, want in zip(image.shape, (height, width), strict=False))

@@ -69,7 +69,8 @@ def save_siglip(folder: Path) -> Path:
     text = shape | {"vocab_size": len(tokenizer), "num_hidden_layers": 3, "max_position_embeddings": 32,
                     "pad_token_id": tokenizer.pad_token_id, "projection_size": 24}  # fmt: skip
     vision = shape | {"num_hidden_layers": 3, "image_size": SIZE, "patch_size": 8}
-    return _save(SiglipModel, SiglipConfig(text_config=text, vision_config=vision), tokenizer, folder)
+    return _save(SiglipModel, SiglipConfig(text_config=text, vision_config=vision), tokenizer, folder,
+                 {"height": SIZE, "width": SIZE})  # fmt: skip
 
 
 def clip_tokenizer():
@@ -81,13 +82,13 @@ def clip_tokenizer():
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
 
 
-def _save(architecture: type, config, tokenizer, folder: Path) -> Path:
+def _save(architecture: type, config, tokenizer, folder: Path, size: dict | None = None) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = architecture(config)
         model.logit_scale.data.fill_(2.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    processor = {"image_mean": MEAN, "image_std": STD, "size": {"shortest_edge": SIZE}}
+    processor = {"image_mean": MEAN, "image_std": STD, "size": size or {"shortest_edge": SIZE}}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
     return folder

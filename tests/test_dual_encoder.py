@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from copra_llm.image_inputs import image_inputs
 from copra_llm.interpolate import interpolate, line
 from copra_llm.merge import merge
 from copra_llm.models import add_adapter, load_base
+from copra_llm.pictures import decode, eval_view, whole_view
 from copra_llm.prune import Variant
 from copra_llm.settings import LoraSettings, ModelSettings
 from copra_llm.tasks.clip.catalogue import get_image_task
@@ -409,7 +412,6 @@ def test_a_prompt_that_is_too_long(tiny_clip, image_data):
 
 
 def test_a_model_without_its_image_processor(tiny_clip, image_data, tmp_path):
-    import shutil
 
     copy = Path(shutil.copytree(tiny_clip, tmp_path / "model"))
     (copy / "preprocessor_config.json").write_text('{"image_mean": [0.5], "image_std": [0.5, 0.5, 0.5]}')
@@ -422,6 +424,32 @@ def test_a_model_without_its_image_processor(tiny_clip, image_data, tmp_path):
         '{"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}}'
     )
     assert build(image_config(copy, image_data), [TASK]).classifier.inputs.mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("processor", "crop"),
+    [
+        ({"size": {"shortest_edge": 16}}, True),
+        ({"size": {"height": 16, "width": 16}}, False),
+        ({"size": {"height": 16, "width": 16}, "do_center_crop": None}, False),
+        ({"size": {"shortest_edge": 16}, "do_center_crop": False}, False),
+        ({"size": {"height": 16, "width": 16}, "do_center_crop": True}, True),
+        ({"size": 16}, True),
+    ],
+)
+def test_whether_the_middle_is_cut_out(tiny_clip, image_data, tmp_path, processor, crop):
+    """As the processor says, or as its size implies; and evaluation then sees that view."""
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_clip, copy)
+    values = {"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1], **processor}
+    (copy / "preprocessor_config.json").write_text(json.dumps(values))
+    made = build(image_config(copy, image_data), [TASK])
+    assert made.classifier.inputs.crop is crop
+    split = made.splits["test"][TASK]
+    image = decode(split.encoded[0].source)
+    assert image.shape[0] != image.shape[1]
+    expected = (eval_view if crop else whole_view)(image, made.classifier.inputs.size)
+    assert np.array_equal(split.views(split.encoded[0], None), expected)
 
 
 def test_images_of_no_fixed_size(bench):

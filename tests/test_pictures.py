@@ -23,6 +23,7 @@ from copra_llm.pictures import (
     random_box,
     train_view,
     view_rng,
+    whole_view,
 )
 
 RNG = np.random.default_rng(0)
@@ -158,6 +159,18 @@ def test_the_view_for_evaluation_is_clips(shape):
     expected = torch.as_tensor(np.asarray(theirs(Image.fromarray(image))["pixel_values"][0]))
     # Division by 255 and multiplication with 1/255 may differ in float32's last bit, times 1 / std < 4.
     torch.testing.assert_close(ours[0], expected, atol=4 * 2**-23, rtol=2**-23)
+
+
+@pytest.mark.parametrize("shape", [(50, 80), (81, 40), (32, 32), (300, 301)])
+def test_the_whole_view_is_siglips(shape):
+    """Exactly what transformers' own processor gives: both sides resized, nothing cut off."""
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    image = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    theirs = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    ours = normalise(torch.from_numpy(whole_view(image, 32).copy())[None], theirs.image_mean, theirs.image_std)
+    expected = torch.as_tensor(np.asarray(theirs(Image.fromarray(image))["pixel_values"][0]))
+    torch.testing.assert_close(ours[0], expected, atol=4 * 2**-23, rtol=2**-23)  # as above
 
 
 def test_a_part_is_uniform_in_area_and_log_aspect():
