@@ -412,7 +412,6 @@ def test_a_prompt_that_is_too_long(tiny_clip, image_data):
 
 
 def test_a_model_without_its_image_processor(tiny_clip, image_data, tmp_path):
-
     copy = Path(shutil.copytree(tiny_clip, tmp_path / "model"))
     (copy / "preprocessor_config.json").write_text('{"image_mean": [0.5], "image_std": [0.5, 0.5, 0.5]}')
     with pytest.raises(InputError, match="must be three numbers"):

@@ -55,10 +55,19 @@ def test_the_tree_names_every_module():
             assert module.name in tree, f"README.md's tree lacks {module.relative_to(ROOT)}"
 
 
-def test_every_link_in_the_readme_leads_somewhere():
-    prose = re.sub(r"```.*?```", "", README, flags=re.S)
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", prose):
-        assert (ROOT / target).exists(), target
+PAGES = [ROOT / "README.md", *sorted(p for d in ("docs", "eval", "data") for p in (ROOT / d).rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    """Of the README and of the pages that it leads to; a part of a page is one of its headings."""
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target, part in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", prose):
+        place = (page.parent / target) if target else page
+        assert place.exists(), target
+        if part:
+            headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), flags=re.M)
+            assert part in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], part
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem)
