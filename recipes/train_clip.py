@@ -11,11 +11,11 @@ import sys
 from copra_llm.config import COMMON, RunConfig, parse_run_config
 from copra_llm.errors import exit_on_input_error
 from copra_llm.images import own_name
-from copra_llm.protocols.clip import MODELS, SETTINGS, STEPS_A_SHOT
+from copra_llm.protocols.clip import SCALES, SETTINGS, STEPS_A_SHOT
 from copra_llm.settings import ImageSettings
 from copra_llm.train import print_metrics, train_each
 
-DEFAULTS = SETTINGS | {"model_name_or_path": MODELS["paper"], "tasks": ["dtd"], "shots": 16}
+DEFAULTS = SETTINGS | {"model_name_or_path": SCALES["paper"].model, "tasks": ["dtd"], "shots": 16}
 
 
 def resolved(config: RunConfig) -> RunConfig:

@@ -34,8 +34,27 @@ SETTINGS: dict[str, Any] = {
 """CLIP-LoRA's protocol with CopRA's learning rate, by the flags' names."""
 STEPS_A_SHOT = 500
 """Optimizer steps of the protocol are so many times the shots."""
-MODELS = {"paper": "openai/clip-vit-base-patch16", "small": "runs/micro-clip"}
-"""Of each scale."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A model, and settings that differ from CLIP-LoRA's paper."""
+
+    model: str
+    settings: dict[str, Any]
+
+
+SCALES = {
+    # The one template of CLIP-LoRA's published code, which the paper builds on.
+    "paper": Scale("openai/clip-vit-base-patch16", {"template": "a photo of a {}."}),
+    # The micro CLIP knows no name of the classes, and rank 2 on q, k and v learns them too slowly for two cores.
+    "small": Scale("runs/micro-clip", {
+        "lora_r": 8, "lora_alpha": 8.0, "use_rslora": False,
+        # All of a block, and nothing outside, which no mask would reach.
+        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        "per_device_train_batch_size": 16,
+    }),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,10 +173,10 @@ def run_figures(
     Raises:
         InputError: if a figure or the scale is unknown, a plan is wrong, or the model is a folder that is not there.
     """
-    for name, known in (*((figure, FIGURES) for figure in figures), (scale, MODELS)):
+    for name, known in (*((figure, FIGURES) for figure in figures), (scale, SCALES)):
         if name not in known:
             raise InputError(f'"{name}" is not one of {", ".join(known)}{nearest(name, known)}')
-    model = model or MODELS[scale]
+    model = model or SCALES[scale].model
     if scale == "small" and not Path(model).expanduser().is_dir():
         raise InputError(f"there is no model in {model}; make it with `python recipes/pretrain_micro_clip.py "
                          f"--output_dir {model}`, or give another --model_name_or_path")  # fmt: skip
@@ -174,7 +193,9 @@ def run_figures(
 
 
 def entries(plans: Path, part: Part, scale: str) -> Iterator[tuple[int, Any]]:
-    """The plan's entries of a scale, with their numbers of shots; settings that they do not say are the protocol's.
+    """The plan's entries of a scale, with their numbers of shots.
+
+    Settings that they do not say are the scale's, and those that it does not say the protocol's.
 
     Raises:
         InputError: if an entry's name is not `<scale>-<shots>`.
@@ -182,9 +203,11 @@ def entries(plans: Path, part: Part, scale: str) -> Iterator[tuple[int, Any]]:
     file = plans / f"{part.plan}.yaml"
     for name, plan in read_plans(file, part.kind).items():
         of, _, shots = name.partition("-")
-        if of not in MODELS or not shots.isdigit():
+        if of not in SCALES or not shots.isdigit():
             raise InputError(f"{file}: the entry {name} is not named <scale>-<shots>, as in small-16")
         if of == scale:
             if hasattr(plan, "settings"):
-                plan = dataclasses.replace(plan, settings=SETTINGS | {"shots": int(shots)} | plan.settings)
+                plan = dataclasses.replace(
+                    plan, settings=SETTINGS | SCALES[of].settings | {"shots": int(shots)} | plan.settings
+                )
             yield int(shots), plan

@@ -20,14 +20,14 @@ from copra_llm.config import COMMON, RunConfig, parse_run_config
 from copra_llm.errors import exit_on_input_error
 from copra_llm.evaluate import evaluate, scoring
 from copra_llm.linear_probe import best_probe
-from copra_llm.protocols.clip import MODELS, SETTINGS
+from copra_llm.protocols.clip import SCALES, SETTINGS
 from copra_llm.protocols.runs import portable
 from copra_llm.results import Result, pack_bits, peak_memory_bytes, write_result
 from copra_llm.settings import ImageSettings
 from copra_llm.train import run_environment
 
 WAYS = ("zero-shot", "linear-probe")
-DEFAULTS = SETTINGS | {"model_name_or_path": MODELS["paper"], "tasks": ["dtd"], "shots": 16,
+DEFAULTS = SETTINGS | {"model_name_or_path": SCALES["paper"].model, "tasks": ["dtd"], "shots": 16,
                        "output_dir": str(Path(__file__).parent / "results")}  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import baselines
 
 from copra_llm.config import RunConfig
 from copra_llm.errors import exit_on_input_error
-from copra_llm.protocols.clip import FIGURES, MODELS, entries, run_figures
+from copra_llm.protocols.clip import FIGURES, SCALES, entries, run_figures
 from copra_llm.protocols.command import narrowed, say
 from copra_llm.protocols.runs import portable_name
 
@@ -29,7 +29,7 @@ def run_baselines(args: argparse.Namespace) -> None:
         chosen = narrowed(plan, args.tasks, None)
         for task in chosen.tasks if chosen else ():
             for seed in plan.seeds:
-                model = args.model_name_or_path or MODELS[args.scale]
+                model = args.model_name_or_path or SCALES[args.scale].model
                 own = {"model_name_or_path": model, "tasks": [task], "seed": seed, "data_root": args.data_root}
                 config = RunConfig().replace(**plan.settings | own)
                 baselines.run(config, task, args.results / f"{shots}-shots" / portable_name(model))
@@ -39,7 +39,7 @@ def run_baselines(args: argparse.Namespace) -> None:
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--scale", choices=list(MODELS), required=True)
+    parser.add_argument("--scale", choices=list(SCALES), required=True)
     parser.add_argument("--figures", nargs="+", choices=[*FIGURES, BASELINES], default=[BASELINES, *FIGURES])
     parser.add_argument("--tasks", nargs="+", help="of the plans'; default: all")
     parser.add_argument("--methods", nargs="+", help="of the plans'; default: all")
