@@ -121,6 +121,7 @@ PAGES = {
     },
     EVAL / "clip" / "README.md": {
         "few_shot": (few_shot_table, "clip/results/*-shots/micro-clip"),
+        "clip_choice": (few_shot_table, "clip/results/*-shots/choice"),
         "clip_pruning": (pruning_table, "clip/results/*-shots/pruned"),
         "clip_federated": (federated_table, "clip/results/*-shots/micro-clip"),
         "clip_multitask": (multitask_table, "clip/results/*-shots/micro-clip"),

@@ -113,12 +113,12 @@ def test_the_table(done):
     """One row a task and method; what was merged stands beside what was not."""
     table = few_shot_table(find_results([done[0] / "results" / "4-shots" / "tiny_clip0"]))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert rows[0][2:6] == ["chance", "shots", "method", "accuracy"]
+    assert rows[0][2:7] == ["chance", "shots", "method", "lr, steps", "accuracy"]
     assert [row[1:5] for row in rows[2:]] == [
         [TASK, "10", "4", "LoRA"], [TASK, "10", "4", "CopRA"], [TASK, "10", "4", "adapter-dropout"],
         [TASK, "10", "4", "stochastic-depth"], [OTHER, "3", "4", "LoRA"], [OTHER, "3", "4", "CopRA"],
     ]  # fmt: skip
-    merged = {row[4]: row[7:] for row in rows[2:6]}
+    merged = {row[4]: row[8:] for row in rows[2:6]}
     assert merged["LoRA"][2] == "–" and merged["CopRA"][2] != "–"  # against LoRA
     assert merged["CopRA"][3] != "–" and merged["stochastic-depth"][3] == "–"  # not aligned
 

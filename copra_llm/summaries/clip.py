@@ -21,34 +21,39 @@ BASELINES = {"zero-shot": "zero-shot", "linear-probe": "linear probe"}
 
 
 def few_shot_table(results: Iterable[Result]) -> str:
-    """Markdown, a row a model, task, number of shots and method: accuracies in percent, chance beside them."""
+    """Markdown, a row a model, task, number of shots and method: accuracies in percent, chance beside them.
+
+    A method is compared with LoRA at the same learning rate and number of steps.
+    """
     results = list(results)
     runs = grouped((r for r in results if r.protocol in ("train", "clip_baseline")), ("shots",))
     lines = {
-        (_place(g), g.label, g.values[0]): g
+        (_setting(g), g.label, g.values[0]): g
         for g in grouped((r for r in results if r.protocol == "interpolation"), (*KEYS, "shots"))
     }
     rows = []
     for g in sorted(runs, key=_order):
-        lora = next((o for o in runs if o.label == "LoRA" and _place(o) == _place(g)), g)
+        lora = next((o for o in runs if o.label == "LoRA" and _setting(o) == _setting(g)), g)
+        lora = g if g.label in BASELINES else lora
         against = None if lora is g else paired_estimate(g.by_seed(_accuracy(g)), lora.by_seed(_accuracy(g)))
-        rows.append((g.model, g.task, _chance(g.task_key), g.values[-1], BASELINES.get(g.label, g.name),
+        run = None if g.label in BASELINES else f"{g.learning_rate:g}, {g.steps}"
+        rows.append((g.model, g.task, _chance(g.task_key), g.values[-1], BASELINES.get(g.label, g.name), run,
                      seeds_of(g, "test"), against, *_merged(lines, g)))  # fmt: skip
     columns = [
-        ("model",), ("task",), ("chance", ".0f"), ("shots", "d"), ("method",), ("accuracy", ".1f"),
-        ("minus LoRA's", ".1f"), ("fused", ".1f"), ("drop when fused", ".1f"), ("fused minus LoRA's", ".1f"),
-        ("aligned, fused", ".1f"), ("mixture", ".1f"),
+        ("model",), ("task",), ("chance", ".0f"), ("shots", "d"), ("method",), ("lr, steps",),
+        ("accuracy", ".1f"), ("minus LoRA's", ".1f"), ("fused", ".1f"), ("drop when fused", ".1f"),
+        ("fused minus LoRA's", ".1f"), ("aligned, fused", ".1f"), ("mixture", ".1f"),
     ]  # fmt: skip
     return markdown_table(columns, rows)
 
 
 def _merged(lines: dict[tuple, Group], g: Group) -> list[Value]:
     """Fused accuracy, drop, against fused LoRA, fused after LoRA-align, mixture; None for what was not merged."""
-    fused, aligned, mixture = (lines.get((_place(g), g.label, rule)) for rule in ("fusion", "align", "mixture"))
+    fused, aligned, mixture = (lines.get((_setting(g), g.label, rule)) for rule in ("fusion", "align", "mixture"))
     others = [merged_figures(of).accuracy.mean if of else None for of in (aligned, mixture)]
     if fused is None:
         return [None, None, None, *others]
-    lora = lines.get((_place(g), "LoRA", "fusion"))
+    lora = lines.get((_setting(g), "LoRA", "fusion"))
     figures = merged_figures(fused, None if lora is fused else lora)
     return [figures.accuracy, figures.drop, figures.against_lora, *others]
 
@@ -58,10 +63,16 @@ def _place(g: Group) -> tuple:
     return g.model, g.task_key, g.values[-1]
 
 
+def _setting(g: Group) -> tuple:
+    """What a method and plain LoRA share when they are compared."""
+    return *_place(g), g.learning_rate, g.steps
+
+
 def _order(g: Group) -> tuple:
     model, task, shots = _place(g)
     baselines = list(BASELINES)
-    return model, task, -(shots or 0), (0, baselines.index(g.label)) if g.label in BASELINES else (1, *rank(g.label))
+    own = (0, baselines.index(g.label)) if g.label in BASELINES else (1, *rank(g.label), g.learning_rate, g.steps)
+    return model, task, -(shots or 0), own
 
 
 def _accuracy(g: Group):
