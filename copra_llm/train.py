@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 from transformers.integrations.neftune import neftune_post_forward_hook
 
+from copra_llm.adapter_files import RESULT
 from copra_llm.batches import BatchStream, train_loader
 from copra_llm.best import BestAdapter
 from copra_llm.build import Workbench, build
@@ -63,7 +64,7 @@ from copra_llm.results import (
     write_result,
 )
 from copra_llm.samples import Samples
-from copra_llm.saved_runs import ADAPTER, RESULT, step_at
+from copra_llm.saved_runs import ADAPTER, step_at
 from copra_llm.settings import FLOORED
 
 
