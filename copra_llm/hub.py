@@ -199,6 +199,19 @@ def need_token(repo: str) -> None:
         raise InputError(f"{repo} cannot be pushed without a token; {_LOGIN}")
 
 
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """No request goes to the Hub inside; its cache is read."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def licence_of(repo: str) -> str | None:
     """The licence that a model's card on the Hub names; None if it names none, or several, or cannot be asked."""
     try:

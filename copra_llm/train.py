@@ -134,7 +134,12 @@ def train_each(config: RunConfig) -> Iterator[Result]:
     """Train an adapter a task, or one for all of them (`joint`), each into `OUTPUT/<task>/`; as `train_adapter`."""
     groups = [config.data.tasks] if config.data.joint else [[task] for task in config.data.tasks]
     for tasks in groups:
-        yield train_adapter(config, tasks, Path(config.train.output_dir) / "+".join(tasks))
+        yield train_adapter(config, tasks, run_folder(config, tasks))
+
+
+def run_folder(config: RunConfig, tasks: list[str]) -> Path:
+    """Where `train_each` writes the adapter of these tasks."""
+    return Path(config.train.output_dir) / "+".join(tasks)
 
 
 def print_metrics(result: Result) -> None:
