@@ -67,7 +67,7 @@ def download(hub_id: HubId) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    with _one_sentence(str(hub_id)):
+    with _asking(str(hub_id)):
         files = _listed(hub_id)
         if files is not None:
             _refuse_unfit(hub_id, files)
@@ -142,7 +142,7 @@ def upload(
         InputError: if the Hub refuses, cannot be reached, or has a public repository where a private one is wanted.
     """
     api = _api()
-    with _one_sentence(repo):
+    with _asking(repo):
         persistently(lambda: api.create_repo(repo, private=private or None, exist_ok=True))
         if private and not persistently(lambda: api.model_info(repo)).private:
             raise InputError(f"{repo} is there already, and public; make it private on its page, or name another")
@@ -173,7 +173,7 @@ def full_name(repo: str) -> str:
     need_token(repo)
     if "/" in repo:
         return repo
-    with _one_sentence(repo):
+    with _asking(repo):
         return f"{persistently(_api().whoami)['name']}/{repo}"
 
 
@@ -215,7 +215,7 @@ def switched_off() -> Iterator[None]:
 def licence_of(repo: str) -> str | None:
     """The licence that a model's card on the Hub names; None if it names none, or several, or cannot be asked."""
     try:
-        with _one_sentence(repo):
+        with _asking(repo):
             data = _api().model_info(repo).card_data
     except InputError:
         return None
@@ -274,10 +274,17 @@ def _asked_wait(error: Exception) -> float | None:
 
 
 @contextmanager
-def _one_sentence(repo: str) -> Iterator[None]:
-    """Whatever huggingface_hub raises becomes an InputError; what the disk refuses stays what it is."""
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+def _asking(repo: str) -> Iterator[None]:
+    """Whatever huggingface_hub raises becomes an InputError; what the disk refuses stays what it is.
 
+    Its progress bars are for terminals alone.
+    """
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if quiet:
+        disable_progress_bars()
     try:
         yield
     except InputError:
@@ -289,6 +296,9 @@ def _one_sentence(repo: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise InputError(_sentence(repo, error)) from None
+    finally:
+        if quiet:
+            enable_progress_bars()
 
 
 def _sentence(repo: str, error: BaseException) -> str:

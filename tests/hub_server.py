@@ -72,6 +72,10 @@ class HubServer:
         self.objects: dict[str, bytes] = {}
         """Large files by their SHA-256."""
         self.failures: list[Failure] = []
+        self.lose_answer: str | None = None
+        """The next request whose path holds this is done, but its answer never comes."""
+        self.waits: list[float] = []
+        """Seconds that clients were to sleep, where a test counts them."""
         self.seen: list[str] = []
         """Method and path of every request."""
         self.lock = threading.Lock()
@@ -108,6 +112,7 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    lost = False
 
     def log_message(self, *_):
         pass
@@ -126,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.seen.append(f"{self.command} {path}")
             failure = self.failure(path)
             if failure is None:
+                self.lost = bool(self.hub.lose_answer) and self.hub.lose_answer in path
+                self.hub.lose_answer = None if self.lost else self.hub.lose_answer
                 return self.route(path)
         if failure.status is not None:
             return self.reply(failure.status, failure.body, **failure.headers)
@@ -144,6 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def reply(self, status: int, body: bytes | dict | list = b"", **headers):
+        if self.lost:
+            self.close_connection = True
+            return self.connection.close()
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
             headers.setdefault("Content-Type", "application/json")
@@ -165,6 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def route(self, path: str):
         parts = path.strip("/").split("/")
+        if path == "/":  # is anybody there?
+            return self.reply(200)
         if path == "/api/validate-yaml":
             return self.reply(200, {"errors": [], "warnings": []})
         if path == "/api/whoami-v2":
