@@ -29,6 +29,23 @@ CITATION = """```bibtex
 }
 ```
 """
+PLAIN = """from peft import PeftModel
+from transformers import {base_class}
+
+model = PeftModel.from_pretrained({base_class}.from_pretrained("{base}"), "{repo}").eval()
+"""
+WITH_HEAD = """from huggingface_hub import hf_hub_download
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "{repo}").eval()
+head = load_file(hf_hub_download("{repo}", "{head_file}"))["{head}.weight"]  # (labels, hidden)
+inputs = AutoTokenizer.from_pretrained("{base}")("a text", return_tensors="pt")
+hidden = model(**inputs).last_hidden_state  # (1, tokens, hidden)
+mask = inputs["attention_mask"].unsqueeze(-1)
+logits = (hidden * mask).sum(1) / mask.sum(1) @ head.T  # (1, labels)
+"""
 CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
 """PEFT's `task_type` -> the class that loads the base."""
 FRACTIONS = {"accuracy": "Accuracy", "acc_norm": "Accuracy, length-normalised"}
@@ -152,8 +169,7 @@ def _is_file(name: str) -> bool:
 def _introduction(about: Adapter) -> str:
     base = f"[{about.base}](https://huggingface.co/{about.base})"
     if about.method is None:
-        return (f"A LoRA adapter for {base}, written by [copra_llm]({PAPER}) or PEFT. How it was made is not recorded "
-                "beside it.")  # fmt: skip
+        return f"A LoRA adapter for {base}. How it was made is not recorded beside it."
     how = {
         "lora": "plain LoRA",
         "copra": f"CopRA, progressive LoRA ([paper]({PAPER})), so that it merges and prunes well",
@@ -238,31 +254,17 @@ def _metrics(about: Adapter) -> Iterator[str]:
 
 
 def _loading(about: Adapter) -> str:
-    base = CLASSES.get(about.config.get("task_type"), "AutoModel")
-    lines = [
-        "from peft import PeftModel", f"from transformers import {base}, AutoTokenizer", "",
-        f'model = PeftModel.from_pretrained({base}.from_pretrained("{about.base}"), "{about.repo}").eval()',
-    ]  # fmt: skip
-    if about.heads:
-        lines[:2] = [
-            "from huggingface_hub import hf_hub_download", *lines[:2],
-            "from safetensors.torch import load_file",
-        ]  # fmt: skip
-        lines += [
-            f'head = load_file(hf_hub_download("{about.repo}", "{HEAD_FILE}"))["{about.heads[0]}.weight"]',
-            f'inputs = AutoTokenizer.from_pretrained("{about.base}")("a text", return_tensors="pt")',
-            "hidden = model(**inputs).last_hidden_state  # (1, tokens, hidden)",
-            'mask = inputs["attention_mask"].unsqueeze(-1)',
-            "logits = (hidden * mask).sum(1) / mask.sum(1) @ head.T  # (1, labels)",
-        ]
-    else:
-        lines[1] = f"from transformers import {base}"
-    code = "\n".join(lines)
-    text = f"## Loading\n\nPlain PEFT loads it:\n\n```python\n{code}\n```"
-    if about.heads:
-        said = f"The labels' order stands in the metadata of `{HEAD_FILE}`; its heads: {', '.join(about.heads)}."
-        text += f"\n\nPEFT knows no head on pooled states, so the classifier's lies beside it. {said}"
-    return text
+    names = {
+        "base": about.base, "repo": about.repo, "base_class": CLASSES.get(about.config.get("task_type"), "AutoModel"),
+        "head_file": HEAD_FILE, "head": about.heads[0] if about.heads else "",
+    }  # fmt: skip
+    if not about.heads:
+        return f"## Loading\n\nWith plain PEFT:\n\n```python\n{PLAIN.format(**names)}```"
+    said = (
+        "PEFT knows no head on pooled states, so the classifier's lies beside the adapter, its labels in the metadata "
+        f"of `{HEAD_FILE}`. Heads: {', '.join(about.heads)}."
+    )
+    return f"## Loading\n\nWith plain PEFT:\n\n```python\n{WITH_HEAD.format(**names)}```\n\n{said}"
 
 
 def _merging(about: Adapter) -> str:

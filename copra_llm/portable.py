@@ -32,7 +32,7 @@ def is_local(name: str) -> bool:
 def portable_name(name: str) -> str:
     """A model's or file's name as it is, but of a path its last part."""
     path = Path(name).expanduser()
-    return path.resolve().name if is_local(name) or path.exists() else name
+    return path.resolve().name.rpartition("\\")[2] if is_local(name) or path.exists() else name
 
 
 def portable_values(value: Any) -> Any:

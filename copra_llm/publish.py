@@ -99,7 +99,7 @@ def prepare(
         write_result(folder / RESULT, record)
     notes = _write_tokenizer(weights.named_base(), run, folder)
     about = Adapter(repo, base, config, settings, record, [name.removesuffix(".weight") for name in weights.heads],
-                    licence, findings(results, base) if results else "")  # fmt: skip
+                    licence, findings(results) if results else "")  # fmt: skip
     write_atomic(folder / CARD, card(about))
     check_public(folder, [own, run.folder])
     return notes
@@ -142,9 +142,12 @@ def push_each(config: RunConfig, results: Iterable[Result]) -> Iterator[Result]:
         InputError: before the first, for what cannot be pushed; after the last, if a push has failed.
     """
     publisher = Publisher(config, several=len(config.data.tasks) > 1 and not config.data.joint)
-    for result in results:
-        yield result
-        publisher.push(run_folder(config, result.config["tasks"]), result)
+    try:
+        for result in results:
+            yield result
+            publisher.push(run_folder(config, result.config["tasks"]), result)
+    except InputError as error:
+        publisher.failures.insert(0, str(error))
     publisher.finish()
 
 
@@ -219,13 +222,13 @@ def known_licence(base: str) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def findings(results: Sequence[Path], base: str) -> str:
+def findings(results: Sequence[Path]) -> str:
     """Markdown tables of records: merged pairs, tasks and clients in one adapter, pruned variants.
 
     Raises:
         InputError: for what is no record, or if none of them is of these kinds.
     """
-    records = [_public_record(result, base) for result in find_records(results).results]
+    records = [dataclasses.replace(r, config=portable_values(r.config)) for r in find_records(results).results]
     parts = [merged] if (merged := connectivity_table(records)) else []
     for build in (multitask_section, federated_section, pruning_section):
         section = build(records)

@@ -45,7 +45,7 @@ def model_hub(monkeypatch, tmp_path):
     imported, so they are changed where it keeps them.
     """
     from hub_server import TOKEN, HubServer
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     import copra_llm.hub
 
@@ -55,6 +55,7 @@ def model_hub(monkeypatch, tmp_path):
                     "HF_HUB_DISABLE_XET": True}  # fmt: skip
         for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr("time.sleep", server.waits.append)
         copra_llm.hub.download.cache_clear()

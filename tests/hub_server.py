@@ -195,8 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.file(repository, parts[3], "/".join(parts[4:]))
         if self.command != "GET" and not self.writes:
             return self.refuse(401, "Unauthorized")
-        action, revision = (parts[4], parts[5]) if len(parts) > 5 else ("revision", "main")
-        return getattr(self, f"api_{action}")(repository, f"{owner}/{name}", revision)
+        action, *rest = parts[4:] or ("revision", "main")
+        return getattr(self, f"api_{action}")(repository, f"{owner}/{name}", *rest)
 
     def create(self):
         if not self.writes:
@@ -226,10 +226,12 @@ class _Handler(BaseHTTPRequestHandler):
         about = {"id": repo, "private": repository.private, "sha": commit_id(state), "siblings": siblings}
         return self.reply(200, about | {"cardData": yaml.safe_load(head)})
 
-    def api_tree(self, repository: Repository, repo: str, revision: str):
+    def api_tree(self, repository: Repository, repo: str, revision: str, *below: str):
         state = repository.state(revision)
         if state is None:
             return self.refuse(404, "RevisionNotFound")
+        if below:
+            return self.refuse(404, "EntryNotFound")
         entries = []
         for name, content in state.items():
             entry = {"type": "file", "path": name, "size": len(content), "oid": git_oid(content)}
