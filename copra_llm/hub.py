@@ -305,6 +305,9 @@ def _sentence(repo: str, error: BaseException) -> str:
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
+    # Xet's transfers name it in words alone.
+    if status is None and (named := re.search(r"HTTP status .*?\((\d{3}) ", str(error))):
+        status = int(named[1])
     said = " ".join((getattr(error, "server_message", None) or "").split())[:200]
     reason = f"{status}: {said}" if said else f"{status}"
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):

@@ -13,6 +13,7 @@ from typing import Any
 from copra_llm import hub
 from copra_llm.adapter_files import HEAD_FILE
 from copra_llm.config import RunConfig
+from copra_llm.conversations import INSTRUCT
 from copra_llm.figures.groups import NAMES
 from copra_llm.paths import HUB, SAMPLE
 from copra_llm.report.tables import markdown_table
@@ -112,7 +113,7 @@ def metadata(about: Adapter):
         license=about.licence,
         pipeline_tag=about.pipeline,
         tags=["lora", *([about.method] if about.method not in (None, "lora") else [])],
-        datasets=sorted({name for name, _ in _sources(about).values()}) or None,
+        datasets=sorted({source.path for source in _sources(about).values()}) or None,
         eval_results=results or None,
         model_name=about.repo.rpartition("/")[2],
     )
@@ -123,13 +124,13 @@ def _eval_results(about: Adapter) -> Iterator:
     from huggingface_hub import EvalResult
 
     for task, name, value in _split_metrics(about, "test"):
-        dataset, config = _sources(about).get(task, (task, None))
+        source = _sources(about).get(task, _Source(task))
         yield EvalResult(
             task_type=about.pipeline,
-            dataset_type=dataset,
+            dataset_type=source.path,
             dataset_name=task,
-            dataset_config=config,
-            dataset_split="test",
+            dataset_config=source.config,
+            dataset_split=source.test_split,
             metric_type=name,
             metric_name=FRACTIONS.get(name, {"loss": "Loss, nats"}.get(name)),
             metric_value=value / 100.0 if name in FRACTIONS else value,
@@ -145,18 +146,29 @@ def _split_metrics(about: Adapter, split: str) -> Iterator[tuple[str, str, float
             yield task, name, value
 
 
-def _sources(about: Adapter) -> dict[str, tuple[str, str | None]]:
-    """The Hub's data sets that were trained on: `{task: (id, configuration)}`; none where the data were local."""
+@dataclass(frozen=True)
+class _Source:
+    """Where the Hub has a task's data."""
+
+    path: str
+    config: str | None = None
+    test_split: str = "test"
+    """The published one that is tested on; another than "test" where that has no public labels."""
+
+
+def _sources(about: Adapter) -> dict[str, _Source]:
+    """The Hub's data sets that were trained on, by task; none where the data were local."""
     settings = about.settings
     if settings is None:
         return {}
     own = settings.instruct or settings.image
     if own is not None and own.dataset_name:
         ids = [hub.parse_id(name.partition(":")[0]) for name in own.dataset_name if not _is_file(name)]
-        return {about.tasks[0] if len(ids) == 1 else i.repo: (i.repo, None) for i in ids if i is not None}
+        return {about.tasks[0] if len(ids) == 1 else i.repo: _Source(i.repo) for i in ids if i is not None}
     if settings.data.data_root != HUB or own is not None:
         return {}
-    return {task: ((of := get_task(task).hub)["path"], of.get("name")) for task in about.tasks}
+    published = {task: get_task(task).hub for task in about.tasks}
+    return {task: _Source(of["path"], of.get("name"), of["splits"]["test"]) for task, of in published.items()}
 
 
 def _is_file(name: str) -> bool:
@@ -172,10 +184,11 @@ def _introduction(about: Adapter) -> str:
         return f"A LoRA adapter for {base}. How it was made is not recorded beside it."
     how = {
         "lora": "plain LoRA",
-        "copra": f"CopRA, progressive LoRA ([paper]({PAPER})), so that it merges and prunes well",
-        "coto": f"CoTo, a successor of CopRA ([paper]({PAPER})), so that it merges and prunes well",
+        "copra": f"CopRA ([paper]({PAPER})): progressive LoRA, meant to merge and prune well",
+        "coto": f"CoTo, a successor of CopRA ([paper]({PAPER})): progressive LoRA, meant to merge and prune well",
     }
-    return f"A LoRA adapter for {base}, trained on {', '.join(about.tasks)} with {how[about.method]}."
+    what = "conversations" if about.tasks == [INSTRUCT] else ", ".join(about.tasks)
+    return f"A LoRA adapter for {base}, trained on {what} with {how[about.method]}."
 
 
 def _method(about: Adapter) -> Iterator[str]:
@@ -199,6 +212,8 @@ def _shown_settings(about: Adapter) -> list[tuple[str, Any]]:
     lora, train = about.settings.lora, about.settings.train
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
     processes = about.record.environment.get("world_size", 1) if about.record is not None else 1
+    part = about.settings.part
+    shares = f"client {part.client} of {part.num_clients}, {part.client_split}"
     variants = [name for name in ("use_rslora", "use_dora") if getattr(lora, name)]
     return [
         ("method", NAMES[about.method]),
@@ -211,6 +226,8 @@ def _shown_settings(about: Adapter) -> list[tuple[str, Any]]:
         ("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler_type}, {train.warmup_steps} warm-up steps"),
         ("weight decay, gradient norm", f"{train.weight_decay:g}, {train.max_grad_norm:g}"),
         ("mixed precision, base", f"{train.mixed_precision}, {about.settings.model.dtype}"),
+        ("started from", part.init_adapter),
+        ("share of the data", shares if part.num_clients > 1 else None),
         ("seeds: start, data, masks", ", ".join(str(train.seed_of(name)) for name in ("init", "data", "mask"))),
     ]
 
@@ -230,7 +247,7 @@ def _data(about: Adapter) -> Iterator[str]:
     sources, settings = _sources(about), about.settings
     own = settings.instruct or settings.image
     if sources:
-        named = [f"[{name}](https://huggingface.co/datasets/{name})" for name, _ in sources.values()]
+        named = [f"[{s.path}](https://huggingface.co/datasets/{s.path})" for s in sources.values()]
         said = f"{', '.join(about.tasks)}, from {', '.join(dict.fromkeys(named))}."
     elif own is not None and own.dataset_name:
         said = f"{', '.join(own.dataset_name)}: files of the author's own."
@@ -242,14 +259,20 @@ def _data(about: Adapter) -> Iterator[str]:
     rows = [(split, *(counts.get(name) for name in ("read", "kept", "cut", "dropped"))) for split, counts
             in records.items()]  # fmt: skip
     counted = markdown_table([("split",), *((name, "d") for name in ("records", "kept", "cut", "dropped"))], rows)
-    limit = f"Inputs are at most {settings.data.max_length} tokens long." if settings.image is None else ""
-    yield f"## Data\n\n{said} {limit}\n\n{counted}"
+    most = settings.data.max_train_samples
+    limits = [f"At most {most} training examples."] if most is not None else []
+    limits += [f"Inputs are at most {settings.data.max_length} tokens long."] if settings.image is None else []
+    yield "## Data\n\n" + " ".join([said, *limits]) + f"\n\n{counted}"
 
 
 def _metrics(about: Adapter) -> Iterator[str]:
-    rows = [(split, *entry) for split in ("dev", "test") for entry in _split_metrics(about, split)]
+    rows = [
+        (split, task, name, value, len(about.record.data.get(f"correct/{split}/{task}", "")) or None)
+        for split in ("dev", "test") for task, name, value in _split_metrics(about, split)
+    ]  # fmt: skip
     if rows:
-        table = markdown_table([("split",), ("task",), ("metric",), ("value", ".3f")], rows)
+        columns = [("split",), ("task",), ("metric",), ("value", ".3f"), ("examples", "d")]
+        table = markdown_table(columns, rows)
         yield f"## Results\n\nAccuracies in percent, losses in nats.\n\n{table}"
 
 

@@ -187,6 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.store(parts[1])
         if path.endswith(".git/info/lfs/objects/batch"):
             return self.batch()
+        if len(parts) < 4:
+            return self.refuse(404, "NotFound")
         owner, name = parts[2:4] if parts[0] == "api" else parts[:2]
         repository = self.hub.repositories.get(f"{owner}/{name}")
         if repository is None or (repository.private and not self.writes):

@@ -273,6 +273,16 @@ def test_what_a_refused_push_says(model_hub, folder, part, status, headers, said
     assert not model_hub.repositories.get("tester/new") or model_hub.files("tester/new") == {}
 
 
+def test_what_a_push_says_that_xet_is_refused(model_hub, folder, monkeypatch):
+    """Xet's own client transfers large files where it is installed; it raises errors of other kinds."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    model_hub.fail("GET", "/xet-write-token/", 401, times=100)
+    with pytest.raises(InputError, match=r"the Hub has no tester/new, or not for you \(401\).*hf auth login"):
+        hub.upload(folder, "tester/new")
+    assert model_hub.files("tester/new") == {}
+
+
 @pytest.mark.parametrize(
     "status, headers, said",
     [

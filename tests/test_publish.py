@@ -40,7 +40,8 @@ def run_with_record(folder: Path, method: str = "copra", **settings) -> Path:
     save_run(folder, method, 3, early=0.25, **paths | settings)
     config = read_run(folder).settings
     environment = {"base_model": str(folder / "base"), "world_size": 1}
-    write_result(folder / RESULT, Result("train", config, METRICS, steps=8, environment=environment))
+    data = {"correct/test/sst2": "1101"}
+    write_result(folder / RESULT, Result("train", config, METRICS, steps=8, data=data, environment=environment))
     return folder
 
 
@@ -152,7 +153,8 @@ def test_the_cards_metadata_is_the_hubs(tmp_path):
     )
     found = {r.metric_type: (r.dataset_name, r.dataset_type, r.dataset_config, r.dataset_split, r.metric_value)
              for r in data.eval_results}  # fmt: skip
-    assert found == {name: ("sst2", data.datasets[0], "sst2", "test", value)
+    # Its test set has no public labels: what is tested on is the published validation set.
+    assert found == {name: ("sst2", data.datasets[0], "sst2", "validation", value)
                      for name, value in (("accuracy", 0.755), ("loss", 0.5), ("f1", 0.7))}  # fmt: skip
     assert data.datasets == ["nyu-mll/glue"]
 
@@ -178,7 +180,7 @@ def test_what_is_not_known_is_not_said(tmp_path):
 ])  # fmt: skip
 def test_the_cards_text_says_how_it_was_made(tmp_path, method, said):
     text = ModelCard.load(ready(run_with_record(tmp_path / "run", method), tmp_path) / CARD).text
-    rows = ("| seeds: start, data, masks | 3, 3, 3 |", "| steps | 8 |", "| test | sst2 | accuracy | 75.500 |")
+    rows = ("| seeds: start, data, masks | 3, 3, 3 |", "| steps | 8 |", "| test | sst2 | accuracy | 75.500 | 4 |")
     code = (f"copra merge {REPO} OTHER", f'AutoModel.from_pretrained("{BASE}"), "{REPO}")')
     for part in (said, *rows, *code, "2410.22911"):
         assert part in text, part
@@ -341,7 +343,7 @@ def test_conversations_are_pushed_with_their_template(model_hub, tiny_llama, tmp
     assert str(tmp_path).encode() not in b"".join(pushed.values()) and b"- words.jsonl" in pushed[CONFIG]
     shown = ModelCard(pushed[CARD].decode())
     assert (shown.data.pipeline_tag, shown.data.datasets) == ("text-generation", None)
-    assert "words.jsonl: files of the author's own." in shown.text and "| train | 16 |" in shown.text
+    assert "words.jsonl: files of the author's own." in shown.text and "| train | 12 | 12 | 0 | 0 |" in shown.text
 
 
 def test_what_cannot_be_pushed_is_refused_before_training(model_hub, base, tiny_bert, tmp_path, monkeypatch, capsys):
