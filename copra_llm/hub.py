@@ -73,10 +73,11 @@ def download(hub_id: HubId) -> Path:
             _refuse_unfit(hub_id, files)
         # The second pattern: nothing below the root, under whatever names.
         options = {"allow_patterns": list(PUBLIC), "ignore_patterns": ["*/*", "*\\*"]}
-        folder = persistently(lambda: snapshot_download(hub_id.repo, revision=hub_id.revision, **options))
+        folder = Path(persistently(lambda: snapshot_download(hub_id.repo, revision=hub_id.revision, **options)))
         if files is None:
+            _refuse_unfit(hub_id, [file.name for file in folder.iterdir()])
             print(f"note: the Hub is out of reach; {hub_id} is taken as it was fetched before", file=sys.stderr)
-        return Path(folder)
+        return folder
 
 
 def pull(hub_id: HubId, output: Path | None = None) -> Path:
@@ -326,7 +327,8 @@ def _sentence(repo: str, error: BaseException) -> str:
         wait = _asked_wait(error)
         return f"the Hub takes no more requests for now (429); try again in {f'{wait:.0f} s' if wait else 'a while'}"
     if status is not None:
-        return f"the Hub could not do it for {repo} ({reason}); try again later"
+        remedy = "try again later" if status >= 500 else "mend what it names"
+        return f"the Hub could not do it for {repo} ({reason}); {remedy}"
     if isinstance(error, json.JSONDecodeError):
         return f"the Hub has answered something that is no JSON for {repo}; try again later"
     first = " ".join(str(error).split())[:200] or type(error).__name__

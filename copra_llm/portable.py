@@ -16,7 +16,7 @@ _ROOTED = re.compile(r"/|~|\.{1,2}(?:/|$)|[A-Za-z]:[\\/]|\\\\|file:")
 _SECRET = re.compile(
     r"\b(?:hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|AKIA[0-9A-Z]{16}"
     r"|xox[abprs]-[\w-]{10,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})"
-    r"|://[^/\s:@]+:[^/\s:@]+@|BEGIN [A-Z ]*PRIVATE KEY"
+    r"|://[^/\s:@\"',]+:[^/\s:@\"',]+@|BEGIN [A-Z ]*PRIVATE KEY"
 )
 """How tokens of the Hub, of OpenAI, GitHub, GitLab, AWS and Slack begin, a signed JWT, a URL with a password, a key."""
 _NAMES_SECRET = re.compile(r"(?:TOKEN|API_KEY|SECRET|PASSWORD)$")

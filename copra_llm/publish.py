@@ -54,7 +54,7 @@ from copra_llm.train import run_folder
 UNSAID = ("output_dir", "resume_from_checkpoint", *(f.name for f in dataclasses.fields(HubSettings)))
 """Settings that say where a run was, and nothing of what it did."""
 VOCABULARY = tuple(name for name in TOKENIZER_FILES if name not in ("tokenizer_config.json", "chat_template.jinja"))
-"""Files of any texts whatever, which are the base's own."""
+"""Files of any texts whatever, which are the base's own and public already."""
 
 
 def prepare(
@@ -305,11 +305,13 @@ def check_public(folder: Path, places: Iterable[Path] = ()) -> None:
     for file in sorted(folder.iterdir()):
         if file.name not in PUBLIC or not file.is_file():
             raise InputError(f"{file.name} is no file of an adapter; take it out of {folder}")
+        if file.name in VOCABULARY:
+            continue
         for number, line in enumerate(_lines(file), 1):
             if has_secret(line, [token] if token else []):
                 raise InputError(f"{file.name}, line {number} holds what looks like a token or a password; nothing "
                                  "was pushed: take it out of the run's settings or record")  # fmt: skip
-            if file.name not in VOCABULARY and (place := place_in(line, places)):
+            if (place := place_in(line, places)) is not None:
                 raise InputError(f"{file.name}, line {number} names {place}, a folder of this machine; nothing was "
                                  "pushed: take it out of the run's settings or record")  # fmt: skip
         path = next(filter(is_local, _settings_in(file)), None)

@@ -82,6 +82,10 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / f"checkpoint-{step}"
 
 
+NOT_FROM_OTHERS = {"trust_remote_code": False, "attn_implementation": None}
+"""Settings that name code to run (an attention may be a kernel on the Hub), as they are where somebody else's say."""
+
+
 def read_run(path: Path | str) -> SavedRun:
     """A run's folder, any folder that holds a PEFT adapter, or an adapter's hub id.
 
@@ -98,6 +102,7 @@ def read_run(path: Path | str) -> SavedRun:
     settings = {}
     if (folder / CONFIG).is_file():
         settings = RunConfig.from_flat(read_settings(folder / CONFIG)).flat()
+        settings |= NOT_FROM_OTHERS if own == folder else {}
     return SavedRun(folder, settings, hub_id)
 
 

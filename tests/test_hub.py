@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from examples import deltas_loaded_by_peft, peft_adapter
+from examples import deltas_loaded_by_peft, peft_adapter, save_run
 from huggingface_hub import constants
 
 from copra_llm import hub
 from copra_llm.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from copra_llm.adapters import adapter_folder, load_adapter_weights
 from copra_llm.cli import main
+from copra_llm.config import RunConfig, dump_yaml
 from copra_llm.errors import InputError
 from copra_llm.hub import HubId, parse_id
 from copra_llm.saved_runs import read_run
@@ -146,6 +147,19 @@ def test_names_cannot_leave_the_folder(model_hub, files, tmp_path):
     assert not list(tmp_path.rglob("*tokenizer.json"))
 
 
+def test_somebody_elses_settings_run_no_code(model_hub, files, tmp_path, capsys):
+    """By its id, and in a folder that it was pulled to; a run of one's own keeps what it was given."""
+    settings = dump_yaml(RunConfig().replace(trust_remote_code=True, attn_implementation="evil/kernel", lora_r=3))
+    model_hub.add(REPO, files | {"config.yaml": settings.encode()})
+    assert main(["pull", REPO, "--output", str(tmp_path / "pulled")]) == 0
+    for place in (REPO, tmp_path / "pulled"):
+        model = read_run(place).config.model
+        assert (model.trust_remote_code, model.attn_implementation) == (False, None), place
+        assert read_run(place).config.lora.lora_r == 3
+    own = save_run(tmp_path / "own", "copra", 0, trust_remote_code=True)
+    assert read_run(own).config.model.trust_remote_code and read_run(own / "adapter").config.model.trust_remote_code
+
+
 def test_a_file_cut_in_the_middle_is_fetched_to_its_end(model_hub, files):
     model_hub.add(REPO, files)
     model_hub.fail("GET", f"/{WEIGHTS_FILE}", None)
@@ -255,7 +269,8 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(model_hub, folder, file
         ("/commit/", 409, {}, "changed by somebody else"),
         ("/commit/", 412, {}, "changed by somebody else"),
         ("/commit/", 429, {"Retry_After": 3600}, "try again in 3600 s"),
-        ("/commit/", 500, {}, "could not do it for tester/new (500"),
+        ("/commit/", 500, {}, "could not do it for tester/new (500: because); try again later"),
+        ("/commit/", 400, {}, "could not do it for tester/new (400: because); mend what it names"),
         ("/commit/", None, {}, "connection to the Hub failed"),
         ("/api/repos/create", 403, {}, "with a token that has the right"),
         ("/lfs/", 403, {}, "with a token that has the right"),
