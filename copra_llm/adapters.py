@@ -23,14 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from copra_llm import hub
+from copra_llm.adapter_files import CONFIG_FILE, HEAD_FILE, RUN_FOLDER, WEIGHTS_FILE
 from copra_llm.errors import InputError
 from copra_llm.results import atomic_folder, write_atomic
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-HEAD_FILE = "head.safetensors"
-"""An encoder's heads beside PEFT's files: `<task>.weight (num_labels, hidden)`, labels in the metadata."""
-RUN_FOLDER = "adapter"
-"""Where a run keeps its adapter."""
 _PREFIX = "base_model.model."
 
 
@@ -137,21 +134,28 @@ class AdapterWeights:
 
 
 def adapter_folder(path: Path | str) -> Path:
-    """The folder with `adapter_config.json`: the path itself, or `adapter/` in a run's folder.
+    """The folder with `adapter_config.json`: the path itself, `adapter/` in a run's folder, or, for what is no path
+    here but a hub id (`owner/name`, `owner/name@revision`), where it was fetched to.
 
     Raises:
-        InputError: if neither is an adapter.
+        InputError: if none of them is an adapter.
     """
-    path = Path(path)
-    for folder in (path, path / RUN_FOLDER):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    what = f"holds no {CONFIG_FILE}" if path.is_dir() else "is not a folder"
+    folder = Path(path)
+    for place in (folder, folder / RUN_FOLDER):
+        if (place / CONFIG_FILE).is_file():
+            return place
+    hub_id = hub.parse_id(str(path))
+    if hub_id is not None and not folder.exists():
+        return hub.download(hub_id)
+    what = f"holds no {CONFIG_FILE}" if folder.is_dir() else "is not a folder"
     raise InputError(f"{path} {what}; give a folder that PEFT's save_pretrained, or a run, has written")
 
 
 def load_adapter_weights(path: Path | str) -> AdapterWeights:
     """Read an adapter's files.
+
+    Args:
+        path: as for `adapter_folder`.
 
     Raises:
         InputError: if it is no LoRA adapter in safetensors, or its files do not fit each other.

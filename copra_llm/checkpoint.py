@@ -20,13 +20,13 @@ from accelerate import Accelerator
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from copra_llm.adapters import WEIGHTS_FILE
+from copra_llm.adapter_files import CONFIG, RESULT, WEIGHTS_FILE
 from copra_llm.classifiers import read_heads
 from copra_llm.config import RunConfig, dump_yaml
 from copra_llm.errors import InputError
 from copra_llm.initial import read_for_training, write_for_base
 from copra_llm.results import atomic_folder, write_atomic
-from copra_llm.saved_runs import CONFIG, RESULT, checkpoint_folder
+from copra_llm.saved_runs import checkpoint_folder
 from copra_llm.settings import WITHOUT_EFFECT
 
 PREEMPTED = "PREEMPTED"

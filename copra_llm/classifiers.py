@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from copra_llm.adapters import HEAD_FILE
+from copra_llm.adapter_files import HEAD_FILE
 from copra_llm.errors import InputError
 from copra_llm.models import Base
 from copra_llm.tasks.mtl15 import Example, Task

@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 from copra_llm.errors import InputError, nearest
 from copra_llm.settings import (
     DataSettings,
+    HubSettings,
     ImageSettings,
     InstructSettings,
     LoraSettings,
@@ -38,6 +39,7 @@ class RunConfig:
     data: DataSettings = field(default_factory=DataSettings)
     part: PartSettings = field(default_factory=PartSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    hub: HubSettings = field(default_factory=HubSettings)
     instruct: InstructSettings | None = None
     """Of runs on conversations alone."""
     image: ImageSettings | None = None
@@ -71,7 +73,7 @@ class RunConfig:
         return self.from_flat(self.flat() | changes)
 
 
-COMMON = (ModelSettings, LoraSettings, ScheduleSettings, DataSettings, PartSettings, TrainSettings)
+COMMON = (ModelSettings, LoraSettings, ScheduleSettings, DataSettings, PartSettings, TrainSettings, HubSettings)
 """The groups of every run."""
 ALL = (*COMMON, InstructSettings, ImageSettings)
 """All groups, in the order of `RunConfig`."""

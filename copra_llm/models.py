@@ -112,7 +112,7 @@ def _locate(name: str) -> Source:
     """What a model name means, a GGUF not converted yet."""
     path = Path(name).expanduser()
     if name in PACKAGED:
-        return Source(str(_packaged_path(name)), PACKAGED[name].hub_id)
+        return Source(str(packaged_path(name)), PACKAGED[name].hub_id)
     if name.endswith(".gguf"):
         if not path.is_file():
             raise InputError(f"{name} does not exist; give the path of a GGUF file")
@@ -127,7 +127,7 @@ def _locate(name: str) -> Source:
         )
     packaged = next((short for short, model in PACKAGED.items() if model.hub_id == name), None)
     if packaged is not None and importlib.util.find_spec(PACKAGED[packaged].package) and not _hub_has(name):
-        return Source(str(_packaged_path(packaged)), name)
+        return Source(str(packaged_path(packaged)), name)
     return Source(name, name)
 
 
@@ -366,7 +366,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
-def _packaged_path(short: str) -> Path:
+def packaged_path(short: str) -> Path:
+    """The folder or GGUF file of a packaged model.
+
+    Raises:
+        InputError: if its package is not installed.
+    """
     model = PACKAGED[short]
     spec = importlib.util.find_spec(model.package)
     if spec is None or not spec.submodule_search_locations:

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from copra_llm.adapters import RUN_FOLDER, AdapterWeights, adapter_folder, load_adapter_weights
+from copra_llm.adapter_files import CONFIG, RESULT, RUN_FOLDER
+from copra_llm.adapters import AdapterWeights, adapter_folder, load_adapter_weights
 from copra_llm.config import RunConfig, read_settings
 from copra_llm.errors import InputError
 from copra_llm.results import Result, read_result
 from copra_llm.settings import WITHOUT_EFFECT
 
-CONFIG, RESULT = "config.yaml", "result.json"
 ADAPTER = RUN_FOLDER
 
 
@@ -32,10 +32,14 @@ class SavedRun:
     folder: Path
     settings: dict[str, Any] = field(default_factory=dict)
     """The run's flat settings; empty where no `config.yaml` lies beside the adapter."""
+    hub_id: str | None = None
+    """What it was fetched by; None: it is a folder here."""
 
     @property
     def label(self) -> str:
-        """The folder's name, with its parents' where that says only "adapter" or a task."""
+        """The folder's name, with its parents' where that says only "adapter" or a task; the hub id, if it has one."""
+        if self.hub_id is not None:
+            return self.hub_id
         parts = [part for part in self.folder.parts[-3:] if part not in (ADAPTER, *self.settings.get("tasks", ()))]
         return parts[-1] if parts else str(self.folder)
 
@@ -78,19 +82,28 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / f"checkpoint-{step}"
 
 
+NOT_FROM_OTHERS = {"trust_remote_code": False, "attn_implementation": None}
+"""Settings that name code to run (an attention may be a kernel on the Hub), as they are where somebody else's say."""
+
+
 def read_run(path: Path | str) -> SavedRun:
-    """A run's folder, or any folder that holds a PEFT adapter.
+    """A run's folder, any folder that holds a PEFT adapter, or an adapter's hub id.
 
     Raises:
         InputError: if there is no adapter, or the settings cannot be read.
     """
-    folder = Path(path)
-    if adapter_folder(folder) == folder and (folder.parent / CONFIG).is_file():
+    folder, own = Path(path), adapter_folder(path)
+    hub_id = None if folder.exists() else str(path)
+    if hub_id is not None:
+        folder = own
+    # What was fetched has its settings beside the adapter's files, a run one folder up.
+    elif own == folder and not (folder / CONFIG).is_file() and (folder.parent / CONFIG).is_file():
         folder = folder.parent
     settings = {}
     if (folder / CONFIG).is_file():
         settings = RunConfig.from_flat(read_settings(folder / CONFIG)).flat()
-    return SavedRun(folder, settings)
+        settings |= NOT_FROM_OTHERS if own == folder else {}
+    return SavedRun(folder, settings, hub_id)
 
 
 def find_runs(root: Path) -> list[SavedRun]:

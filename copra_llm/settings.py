@@ -379,9 +379,27 @@ class TrainSettings:
         return self.seed if own is None else own
 
 
+@dataclass(frozen=True)
+class HubSettings:
+    """What becomes public when a run has ended."""
+
+    push_to_hub: bool = setting(False, "Push the adapter, its record and a model card to the Hub at the end.")
+    hub_model_id: str | None = setting(
+        None, "Repository, owner/name; of several tasks each adds its name; unset: the name of --output_dir, yours."
+    )
+    hub_private_repo: bool = setting(False, "Make the repository private.")
+
+    def __post_init__(self):
+        if self.push_to_hub:
+            return
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name):
+                raise InputError(f"--{name} was given, but nothing is pushed; give --push_to_hub too")
+
+
 WITHOUT_EFFECT = frozenset({
     "output_dir", "data_root", "resume_from_checkpoint", "report_to", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "metrics", "sample_prompts", "max_new_tokens",
-    "image_cache_bytes", "dataloader_num_workers",
+    "image_cache_bytes", "dataloader_num_workers", "push_to_hub", "hub_model_id", "hub_private_repo",
 })  # fmt: skip
 """Settings on which the trained adapter does not depend."""

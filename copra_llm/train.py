@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 from transformers.integrations.neftune import neftune_post_forward_hook
 
+from copra_llm.adapter_files import RESULT
 from copra_llm.batches import BatchStream, train_loader
 from copra_llm.best import BestAdapter
 from copra_llm.build import Workbench, build
@@ -63,7 +64,7 @@ from copra_llm.results import (
     write_result,
 )
 from copra_llm.samples import Samples
-from copra_llm.saved_runs import ADAPTER, RESULT, step_at
+from copra_llm.saved_runs import ADAPTER, step_at
 from copra_llm.settings import FLOORED
 from copra_llm.stochastic_depth import StochasticDepth
 
@@ -134,7 +135,12 @@ def train_each(config: RunConfig) -> Iterator[Result]:
     """Train an adapter a task, or one for all of them (`joint`), each into `OUTPUT/<task>/`; as `train_adapter`."""
     groups = [config.data.tasks] if config.data.joint else [[task] for task in config.data.tasks]
     for tasks in groups:
-        yield train_adapter(config, tasks, Path(config.train.output_dir) / "+".join(tasks))
+        yield train_adapter(config, tasks, run_folder(config, tasks))
+
+
+def run_folder(config: RunConfig, tasks: list[str]) -> Path:
+    """Where `train_each` writes the adapter of these tasks."""
+    return Path(config.train.output_dir) / "+".join(tasks)
 
 
 def print_metrics(result: Result) -> None:

@@ -12,6 +12,7 @@ from copra_llm.config import COMMON, RunConfig, parse_run_config
 from copra_llm.errors import exit_on_input_error
 from copra_llm.images import own_name
 from copra_llm.protocols.clip import SCALES, SETTINGS, STEPS_A_SHOT
+from copra_llm.publish import push_each
 from copra_llm.settings import ImageSettings
 from copra_llm.train import print_metrics, train_each
 
@@ -28,7 +29,7 @@ def resolved(config: RunConfig) -> RunConfig:
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> int:
     config = resolved(parse_run_config(argv, __doc__, (*COMMON, ImageSettings), DEFAULTS))
-    for result in train_each(config):
+    for result in push_each(config, train_each(config)):
         print_metrics(result)
     return 0
 

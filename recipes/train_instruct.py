@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from copra_llm.config import COMMON, parse_run_config
 from copra_llm.errors import exit_on_input_error
+from copra_llm.publish import Publisher
 from copra_llm.settings import InstructSettings
 from copra_llm.train import print_metrics, train_adapter
 
@@ -28,11 +29,14 @@ DEFAULTS = {
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> int:
     config = parse_run_config(argv, description=__doc__, groups=(*COMMON, InstructSettings), defaults=DEFAULTS)
-    result = train_adapter(config, config.data.tasks, Path(config.train.output_dir))
+    publisher, folder = Publisher(config), Path(config.train.output_dir)
+    result = train_adapter(config, config.data.tasks, folder)
     if PartialState().is_main_process:
         for split, counts in result.data["records"].items():
             print(f"{split}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
     print_metrics(result)
+    publisher.push(folder, result)
+    publisher.finish()
     return 0
 
 

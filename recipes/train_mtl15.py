@@ -9,6 +9,7 @@ import sys
 
 from copra_llm.config import parse_run_config
 from copra_llm.errors import exit_on_input_error
+from copra_llm.publish import push_each
 from copra_llm.tasks.mtl15 import get_task
 from copra_llm.train import print_metrics, train_each
 
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_run_config(argv, description=__doc__)
     for task in config.data.tasks:
         get_task(task)
-    for result in train_each(config):
+    for result in push_each(config, train_each(config)):
         print_metrics(result)
     return 0
 

@@ -37,6 +37,32 @@ def _fresh_accelerate_state():
     GradientState._reset_state()
 
 
+@pytest.fixture
+def model_hub(monkeypatch, tmp_path):
+    """A hub of this machine's own (`hub_server`), which huggingface_hub talks to; no wait is waited out.
+
+    Yields the server; its `waits` are the seconds that were to be slept. The client reads its settings when it is
+    imported, so they are changed where it keeps them.
+    """
+    from hub_server import TOKEN, HubServer
+    from huggingface_hub import constants, hf_api
+
+    import copra_llm.hub
+
+    with HubServer() as server:
+        settings = {"ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+                    "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+                    "HF_HUB_DISABLE_XET": True}  # fmt: skip
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("time.sleep", server.waits.append)
+        copra_llm.hub.download.cache_clear()
+        yield server
+        copra_llm.hub.download.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """Folder of a random 4-layer LlamaForCausalLM, hidden 32."""

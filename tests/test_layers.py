@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
     ["settings", "config", "yaml_file", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates"]
-    + ["errors", "answer_scores", "answer_metric", "metrics", "pictures"],
+    + ["errors", "answer_scores", "answer_metric", "metrics", "pictures", "portable", "adapter_files", "hub"],
     ["adapters", "gates", "gguf", "quantised_base", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
     + ["initial", "packing", "linear_loss", "language_model", "choice_model", "conversations"]
     + ["towers", "replaced", "image_inputs", "images", "text_tower", "dual_encoder", "linear_probe"]
@@ -23,7 +23,7 @@ ROWS = [
     + ["optimizer", "best", "samples", "liger"]
     + ["prefixes", "coalitions", "ledger", "generate"],
     ["figures"],
-    ["protocols", "report", "summaries"],
+    ["protocols", "report", "summaries", "model_card", "publish"],
     ["cli"],
 ]
 """Modules and subpackages of `copra_llm/`; each imports from rows above and, without a cycle, from its own."""

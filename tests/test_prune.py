@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from copra_llm.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterWeights, LoraFactors, load_adapter_weights
+from copra_llm.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from copra_llm.adapters import AdapterWeights, LoraFactors, load_adapter_weights
 from copra_llm.adapters import save_adapter_weights as save
 from copra_llm.errors import InputError
 from copra_llm.gates import LayerGates

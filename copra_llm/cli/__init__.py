@@ -1,5 +1,5 @@
 """`copra`: merge adapters, look along the line between them and into their layers, prune, evaluate, fold, report;
-check data.
+share them; check data.
 
     copra merge A B --method fusion --weights 0.5 0.5 --output DIR
     copra interpolate A B --task sst2 --points 21 --output DIR
@@ -14,8 +14,11 @@ check data.
     copra data lm-eval arc_easy --output DIR
     copra fold A --output DIR
     copra report RESULTS... --output report.html
+    copra push A owner/name
+    copra pull owner/name --output DIR
 
-An adapter is a folder that PEFT's `save_pretrained` has written, or a run's folder.
+An adapter is a folder that PEFT's `save_pretrained` has written, a run's folder, or a hub id: owner/name, with
+@revision for another than its main one.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from copra_llm.cli import (
     landscape,
     merge,
     prune,
+    pull,
+    push,
     report,
     shapley,
     similarity,
@@ -51,6 +56,8 @@ COMMANDS = {
     "data": data,
     "fold": fold,
     "report": report,
+    "push": push,
+    "pull": pull,
 }
 """Command-line names -> modules with `HELP`, `add_arguments(parser)` and `run(args)`."""
 

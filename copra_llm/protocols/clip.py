@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from copra_llm.errors import InputError, nearest
+from copra_llm.portable import portable_name
 from copra_llm.protocols import connectivity, federated, landscape, layer_values, multitask, pruning, sweep
 from copra_llm.protocols.command import narrowed
 from copra_llm.protocols.plans import read_plans
-from copra_llm.protocols.runs import portable_name
 
 SETTINGS: dict[str, Any] = {
     "lora_r": 2, "lora_alpha": 1.0,

@@ -29,9 +29,10 @@ from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.interpolate import line
 from copra_llm.layerwise import layerwise_record
 from copra_llm.plane import plane_record
+from copra_llm.portable import portable_name
 from copra_llm.protocols.jobs import Job, run_jobs
 from copra_llm.protocols.plans import check_runs, need_entries
-from copra_llm.protocols.runs import Run, Store, portable, portable_name
+from copra_llm.protocols.runs import Run, Store, portable
 from copra_llm.results import read_result, write_result
 from copra_llm.saved_runs import SavedRun, best_on_dev, find_runs, repeated_runs
 from copra_llm.similarity import KINDS, similarity_record

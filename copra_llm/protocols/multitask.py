@@ -28,9 +28,10 @@ from copra_llm.errors import InputError
 from copra_llm.evaluate import Evaluation
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.merge import check_weights
+from copra_llm.portable import portable_name
 from copra_llm.protocols.jobs import Job, run_jobs
 from copra_llm.protocols.plans import Rule, check_runs, merge_rules, need_entries, tuned_settings
-from copra_llm.protocols.runs import Run, Store, portable, portable_name
+from copra_llm.protocols.runs import Run, Store, portable
 from copra_llm.results import Result, pack_bits, peak_memory_bytes, write_result
 
 

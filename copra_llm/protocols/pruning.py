@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from copra_llm.adapter_files import RESULT
 from copra_llm.adapters import load_adapter_weights
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
@@ -25,7 +26,7 @@ from copra_llm.protocols.plans import check_methods, need_entries
 from copra_llm.protocols.runs import portable
 from copra_llm.prune import Variant, structured_names
 from copra_llm.results import Result
-from copra_llm.saved_runs import RESULT, SavedRun, checkpoint_folder, read_run, repeated_runs, step_at
+from copra_llm.saved_runs import SavedRun, checkpoint_folder, read_run, repeated_runs, step_at
 from copra_llm.train import train_adapter
 from copra_llm.variants import figure_variants, finish, loaded_by, unfinished_file, variants_record
 

@@ -16,11 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from copra_llm.adapter_files import RESULT
 from copra_llm.adapters import AdapterWeights, load_adapter_weights
 from copra_llm.config import RunConfig
 from copra_llm.interpolate import line_record
+from copra_llm.portable import portable_name
 from copra_llm.results import Result, read_result, write_result
-from copra_llm.saved_runs import ADAPTER, RESULT, checkpoint_folder
+from copra_llm.saved_runs import ADAPTER, checkpoint_folder
 from copra_llm.train import train_adapter
 
 
@@ -145,9 +147,3 @@ def portable(result: Result, variant: str | None = None) -> Result:
         config["variant"] = variant
     environment = result.environment | {"base_model": portable_name(result.environment["base_model"])}
     return dataclasses.replace(result, config=config, environment=environment)
-
-
-def portable_name(model: str) -> str:
-    """A model's name as it is, but of a folder or file its last part."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.exists() else model

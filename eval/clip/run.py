@@ -15,9 +15,9 @@ import baselines
 
 from copra_llm.config import RunConfig
 from copra_llm.errors import exit_on_input_error
+from copra_llm.portable import portable_name
 from copra_llm.protocols.clip import FIGURES, SCALES, entries, run_figures
 from copra_llm.protocols.command import narrowed, say
-from copra_llm.protocols.runs import portable_name
 
 HERE = Path(__file__).parent
 BASELINES = "baselines"
