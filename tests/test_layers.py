@@ -13,13 +13,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
     ["settings", "config", "yaml_file", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates"]
-    + ["errors", "answer_scores", "answer_metric", "metrics", "pictures"],
+    + ["errors", "answer_scores", "answer_metric", "metrics", "pictures", "manifest", "locks"],
     ["adapters", "gates", "gguf", "quantised_base", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
     + ["initial", "packing", "linear_loss", "language_model", "choice_model", "conversations"]
     + ["towers", "replaced", "image_inputs", "images", "text_tower", "dual_encoder", "linear_probe"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
-    + ["optimizer", "best", "samples", "liger"]
+    + ["optimizer", "best", "samples", "liger", "processes"]
     + ["prefixes", "coalitions", "ledger", "generate"],
     ["figures"],
     ["protocols", "report", "summaries"],
