@@ -241,6 +241,8 @@ def _newest_whole(folder: Path) -> Path | None:
             print(f"note: going on from {checkpoint}", file=sys.stderr)
             return checkpoint
         print(f"warning: {checkpoint} is passed over: {reason}", file=sys.stderr)
+    if checkpoints(folder):
+        print(f"warning: no checkpoint in {folder} is whole: beginning anew", file=sys.stderr)
     return None
 
 

@@ -110,7 +110,8 @@ def atomic_folder(path: Path):
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with naming(path):
+        fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         os.chmod(fresh, 0o755)
         with naming(path):
@@ -129,11 +130,12 @@ def atomic_folder(path: Path):
 
 @contextmanager
 def naming(path: Path):
-    """What the system refuses within the block without naming a path, as a write to a full disk, is of this one."""
+    """What the system refuses within the block is of `path` where it names no path, or the temporary one."""
+    temporary = str(path.parent / f".{path.name}.")
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        if error.errno is not None and str(error.filename or temporary).startswith(temporary):
             error.filename = str(path)
         raise
     except Exception as error:

@@ -105,7 +105,9 @@ def _finished(accelerator: Accelerator, config: RunConfig, folder: Path) -> Resu
 
 def _train(accelerator: Accelerator, config: RunConfig, tasks: list[str], folder: Path) -> Result:
     started = time.time()
-    _start_trackers(accelerator, config)
+    if config.train.report_to:
+        shown = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.flat().items()}
+        accelerator.init_trackers("copra_llm", config=shown)
     if config.train.use_liger_kernel:
         check_liger(accelerator.device)
     more_metrics = load_metrics(config.train.metrics)
@@ -121,6 +123,9 @@ def _train(accelerator: Accelerator, config: RunConfig, tasks: list[str], folder
     data: dict[str, Any] = {"log": progress.log, "dev": progress.dev, "skipped_steps": progress.skipped}
     if progress.samples:
         data["samples"] = progress.samples
+    # Where it was begun on another number of processes, the settings alone would not repeat its batches.
+    if progress.stream_batch_size != config.train.per_device_train_batch_size:
+        data["stream_batch_size"] = progress.stream_batch_size
     if bench.counts:
         data["records"] = {split: vars(counts) for split, counts in bench.counts.items()}
     for split in ("dev", "test"):
@@ -363,12 +368,6 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(seconds=settings.ddp_timeout)),
         ],
     )
-
-
-def _start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
-    if config.train.report_to:
-        shown = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.flat().items()}
-        accelerator.init_trackers("copra_llm", config=shown)
 
 
 def _examples_a_step(config: RunConfig, accelerator: Accelerator) -> int:

@@ -16,6 +16,7 @@ import yaml
 
 from copra_llm.report import connectivity_table, find_results, plot_curves, step_time_table
 from copra_llm.results import Result, write_atomic
+from copra_llm.summaries.faults import faults_table
 from copra_llm.summaries.instruct import learning_table, plot_learning, skills_table
 from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
 from copra_llm.summaries.landscape_plots import draw
@@ -86,6 +87,7 @@ TABLES = {
     "instruct_speed": (instruct_table, "speed"),
     "instruct": (connectivity_table, "instruct"),
     "clip_speed": (clip_table, "speed"),
+    "faults": (faults_table, "faults"),
 }
 """README section -> (function of the records, folder of eval/ that holds them)."""
 PAGES = {
