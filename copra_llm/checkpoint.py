@@ -66,6 +66,8 @@ class Progress:
     """One entry an answer to `sample_prompts`: step, prompt and text."""
     skipped: int = 0
     """Steps left out because their loss was not finite."""
+    unlogged: tuple[float, int] = (0.0, 0)
+    """Sum and number of the losses since the last entry of the log."""
     seconds: float = 0.0
     """Time in the loop so far, evaluation and saving included."""
     examples_a_step: int | None = None

@@ -208,7 +208,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     best = BestAdapter(accelerator, folder, settings, lambda step: schedule.settled((first + step) / whole), progress)
     keep_at = {step_at(fraction, total_steps) for fraction in settings.checkpoint_at}
     batches = iter(loader)
-    logged = _RunningLoss(accelerator.device)
+    logged = _RunningLoss(accelerator.device, *progress.unlogged)
     clock = time.time() - progress.seconds
     noise = noisy_embeddings(bench.base.model, settings.neftune_noise_alpha)
     signals = sigterm(accelerator, settings.ddp_timeout)
@@ -250,6 +250,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
             stopping = asked_to_stop()
             if regular or stopping or progress.step in keep_at:
                 watch.read(step)
+                progress.unlogged = logged.so_far()
                 save_checkpoint(accelerator, classifier, optimizer, config, folder, progress)
                 if regular:
                     rotate(accelerator, folder, settings, keep_at, progress.step)
@@ -284,12 +285,15 @@ def next_step(accelerator: Accelerator, batches: Iterator[dict], count: int) -> 
 class _RunningLoss:
     """Mean loss since it was last asked, kept on the device."""
 
-    def __init__(self, device):
-        self.sum, self.count = torch.zeros((), device=device), 0
+    def __init__(self, device, total: float = 0.0, count: int = 0):
+        self.sum, self.count = torch.tensor(total, device=device), count
 
     def add(self, loss: torch.Tensor) -> None:
         self.sum += loss.detach().float()
         self.count += 1
+
+    def so_far(self) -> tuple[float, int]:
+        return float(self.sum), self.count
 
     def mean(self) -> float:
         mean = float(self.sum) / max(1, self.count)

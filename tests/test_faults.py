@@ -144,6 +144,16 @@ def test_latest_is_the_newest_whole_one(whole, stopped, tiny_llama, capsys):
     assert [broken(checkpoint) for checkpoint in checkpoints(stopped)] == [None] * 4
 
 
+def test_a_checkpoint_between_two_log_entries_loses_no_loss(tiny_llama, tmp_path):
+    """The next entry's mean is over all its steps, those before the checkpoint too."""
+    config = settings(tiny_llama, logging_steps=4, save_steps=3)
+    whole = train_adapter(config, ["sst2"], tmp_path / "whole")
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    resumed = train_adapter(config.replace(resume_from_checkpoint=checkpoint), ["sst2"], tmp_path / "resumed")
+    assert [entry["step"] for entry in whole.data["log"]] == [4, 8]
+    assert resumed.data["log"] == whole.data["log"]
+
+
 def test_where_none_is_whole_the_run_begins_anew(whole, stopped, tiny_llama, capsys):
     """And says why."""
     for checkpoint in checkpoints(stopped):

@@ -169,6 +169,24 @@ def test_a_stopped_run_finds_the_same_best_adapter(overfitting, tmp_path):
         assert all(torch.equal(tensor, wanted[key]) for key, tensor in weights(run).items())
 
 
+def test_a_run_stopped_after_its_last_step_keeps_its_best_adapter(overfitting, tmp_path, monkeypatch):
+    """Until the run's own adapter is written the best one stays where it was found, and resuming finds it again."""
+    config, folder = overfitting
+    config = config.replace(method="lora", load_best_model_at_end=True)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_adapter", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_adapter(config, ["sst2"], tmp_path)
+    train_adapter(config.replace(resume_from_checkpoint="latest"), ["sst2"], tmp_path)
+    wanted = weights(folder / "lora-best")
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in weights(tmp_path).items())
+    assert not (tmp_path / "best").exists()
+
+
 def test_the_best_needs_evaluations(config):
     with pytest.raises(InputError, match="give --eval_steps"):
         config.replace(load_best_model_at_end=True)

@@ -12,10 +12,10 @@ PHASES = ("start", "step", "save", "evaluation", "end")
 
 
 def faults_table(results: Iterable[Result]) -> str:
-    """Markdown: trials, kills by phase, and how many trials ended wrong, by what was wrong."""
+    """Markdown, one row for all records: trials, kills by phase, and how often something was wrong, by what it was."""
     records = [r for r in results if r.protocol == "faults"]
     names = ("trials", "kills", *(f"kills/{phase}" for phase in PHASES), "lost", "torn", "different", "left_behind")
-    rows = [tuple(f"{r.metrics[name]:.0f}" for name in names) for r in records]
+    rows = [tuple(f"{sum(r.metrics[name] for r in records):.0f}" for name in names)] if records else []
     columns = [("trials",), ("kills",), *((f"in {phase}",) for phase in PHASES), ("saved steps lost",),
                ("torn checkpoint",), ("other bytes in the end",), ("files left behind",)]  # fmt: skip
     return markdown_table(columns, rows)
