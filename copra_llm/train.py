@@ -32,7 +32,6 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from tqdm import tqdm
 from transformers import get_scheduler
-from transformers.integrations.neftune import neftune_post_forward_hook
 
 from copra_llm.batches import BatchStream, train_loader
 from copra_llm.best import BestAdapter
@@ -56,6 +55,7 @@ from copra_llm.evaluate import evaluate, load_metrics
 from copra_llm.gates import LayerGates
 from copra_llm.liger import apply_liger, check_liger
 from copra_llm.masks import sample_mask
+from copra_llm.neftune import noisy_embeddings
 from copra_llm.optimizer import FiniteWatch, clip, make_optimizer
 from copra_llm.processes import lost_processes, on_main, sigterm
 from copra_llm.results import (
@@ -310,25 +310,6 @@ def checkpoint_activations(model) -> None:
     """
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.disable_input_require_grads()
-
-
-@contextlib.contextmanager
-def noisy_embeddings(model, alpha: float | None) -> Iterator[None]:
-    """Uniform noise of at most alpha / sqrt(tokens * hidden) on the embeddings while training; None: nothing.
-
-    Source: Jain et al., NEFTune (arXiv 2310.05914), algorithm 1, in transformers' implementation.
-    """
-    if alpha is None:
-        yield
-        return
-    embeddings = model.get_input_embeddings()
-    embeddings.neftune_noise_alpha = alpha
-    hook = embeddings.register_forward_hook(neftune_post_forward_hook)
-    try:
-        yield
-    finally:
-        hook.remove()
-        del embeddings.neftune_noise_alpha
 
 
 def _seed_noise(seed: int, step: int, rank: int) -> None:

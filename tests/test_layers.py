@@ -19,7 +19,7 @@ ROWS = [
     + ["towers", "replaced", "image_inputs", "images", "text_tower", "dual_encoder", "linear_probe"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
-    + ["optimizer", "best", "samples", "liger", "processes"]
+    + ["optimizer", "best", "samples", "liger", "processes", "neftune"]
     + ["prefixes", "coalitions", "ledger", "generate"],
     ["figures"],
     ["protocols", "report", "summaries"],

@@ -12,10 +12,11 @@ from copra_llm.build import build
 from copra_llm.checkpoint import Progress
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
+from copra_llm.neftune import noisy_embeddings
 from copra_llm.optimizer import make_optimizer
 from copra_llm.results import read_result
 from copra_llm.schedule import METHODS
-from copra_llm.train import noisy_embeddings, train_adapter
+from copra_llm.train import train_adapter
 
 BASE = {"tasks": ["sst2"], "data_root": "sample", "max_length": 24, "max_train_samples": 16, "max_eval_samples": 4,
         "per_device_train_batch_size": 4, "learning_rate": 0.01, "max_steps": 4, "checkpoint_at": []}  # fmt: skip
