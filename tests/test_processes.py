@@ -149,7 +149,7 @@ def test_sigterm_to_one_process_stops_both_after_the_same_step(tiny_llama, tmp_p
     """Under torchrun: the signal reaches rank 1 alone, both end with 143, and one process resumes what they saved."""
     config = settings(tiny_llama, tasks=["sst2"], max_steps=2000, save_steps=4, save_total_limit=1,
                       output_dir=str(tmp_path))  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", RECIPE]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", RECIPE]
     surroundings = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     log = tmp_path / "log"
     with open(log, "w", encoding="utf-8") as f:
@@ -163,8 +163,10 @@ def test_sigterm_to_one_process_stops_both_after_the_same_step(tiny_llama, tmp_p
         ranks["1"].send_signal(signal.SIGTERM)
         agent.wait(SECONDS)
     finally:
-        agent.kill()
-        agent.wait()
+        if agent.poll() is None:
+            for process in (*psutil.Process(agent.pid).children(recursive=True), agent):
+                process.kill()
+            agent.wait()
     said = log.read_text(encoding="utf-8")
     step = max(steps_saved(folder))
     assert (folder / "PREEMPTED").read_text() == f"stopped by SIGTERM after step {step}\n"
