@@ -4,9 +4,10 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= demo
+FAULTS ?= runs/faults
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-slow test-gpu test-browser test-flower lint wheel tables clean
+.PHONY: install demo test test-slow test-gpu test-browser test-flower faults lint wheel tables clean
 
 install: $(STAMP)
 
@@ -42,6 +43,10 @@ test-flower:
 	$(MAKE) install VENV=$(VENV)-flower
 	$(VENV)-flower/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,federated]"
 	$(VENV)-flower/bin/python -m pytest -m flower
+
+# 120 runs that are killed at random and resumed; the record goes to $(FAULTS).
+faults: install
+	$(BIN)/python eval/faults/run.py --trials 120 --results $(FAULTS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -5,6 +5,9 @@ batches; within a window examples of like length are put together, and the windo
 Micro-batch i is a pure function of (data seed, i), so a resumed run needs no saved position, and every
 batch is full. With several tasks the micro-batches take turns. A random view of an example (an image's crop) is a
 function of the data seed and its place in the stream, whichever process makes it.
+
+An optimizer step takes the next so many examples of the stream, dealt out in batches to the processes. A run that goes
+on with more processes and smaller batches, or the other way round, keeps its stream and so every step's examples.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from copra_llm.errors import InputError
 from copra_llm.tasks.mtl15 import Example, Task
 
 WINDOW = 16
@@ -126,8 +130,24 @@ class BatchStream(Sampler):
         return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, index, use, split]))
 
 
-def train_loader(classifier, splits: list[EncodedSplit], stream: BatchStream) -> DataLoader:
-    """The training stream as collated batches."""
+def train_loader(
+    classifier, splits: list[EncodedSplit], stream: BatchStream, batch_size: int | None = None
+) -> DataLoader:
+    """The training stream as collated batches.
+
+    Args:
+        classifier: collates.
+        splits: those of the stream.
+        stream: micro-batches.
+        batch_size: examples of a batch, where the stream is to be cut anew; None: as it is.
+
+    Raises:
+        InputError: if that would bring examples of several tasks into one batch.
+    """
+    batch_size = batch_size or stream.batch_size
+    if len(splits) > 1 and stream.batch_size % batch_size:
+        raise InputError(f"this run's tasks take turns by {stream.batch_size} examples, of which --per_device_train_"
+                         f"batch_size {batch_size} is no part; give a divisor of {stream.batch_size}")  # fmt: skip
 
     def collate(rows: list[tuple[EncodedSplit, int, Any]]) -> dict:
         split = rows[0][0]
@@ -137,7 +157,7 @@ def train_loader(classifier, splits: list[EncodedSplit], stream: BatchStream) ->
     # run's first step, and of the first after resuming.
     return DataLoader(
         _Rows(splits, stream.seed),
-        batch_sampler=_Numbered(stream),
+        batch_sampler=_Dealt(stream, batch_size),
         collate_fn=collate,
         num_workers=max(split.processes() for split in splits),
         generator=torch.Generator(),
@@ -157,18 +177,25 @@ def eval_loader(classifier, split: EncodedSplit, batch_size: int) -> DataLoader:
     return DataLoader(examples, batch_size=batch_size, collate_fn=collate, num_workers=split.processes())
 
 
-class _Numbered(Sampler):
-    """A stream's batches as (micro-batch, position, split, index): which process reads them does not matter."""
+class _Dealt(Sampler):
+    """A stream's examples as (micro-batch, position, split, index), in batches of any size.
 
-    def __init__(self, stream: BatchStream):
-        self.stream, self.batch_size, self.drop_last = stream, stream.batch_size, stream.drop_last
+    Their numbers are those of the stream: which process reads them, and in which batch, does not matter.
+    """
+
+    def __init__(self, stream: BatchStream, batch_size: int):
+        self.stream, self.batch_size, self.drop_last = stream, batch_size, stream.drop_last
 
     def __len__(self) -> int:
-        return len(self.stream)
+        return len(self.stream) * self.stream.batch_size // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int, int]]]:
+        rows = []
         for micro_batch, batch in enumerate(self.stream, self.stream.start):
-            yield [(micro_batch, position, *key) for position, key in enumerate(batch)]
+            rows += [(micro_batch, position, *key) for position, key in enumerate(batch)]
+            while len(rows) >= self.batch_size:
+                yield rows[: self.batch_size]
+                del rows[: self.batch_size]
 
 
 class _Rows:

@@ -2,23 +2,21 @@
 
 Only evaluations after the ramp count: before it some layers' adapters have hardly been trained, and whether the loss
 rises or falls says nothing about where the run will end. What is best follows from the run's own list of evaluations,
-so nothing has to be saved for it but the adapter itself, in `best/` beside the checkpoints.
+so nothing has to be saved for it but the adapter itself, in `best/` beside the checkpoints. It stays there until the
+run's own adapter is written: a run that is killed in between finds it again.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from copra_llm.checkpoint import Progress, load_weights, save_adapter
+from copra_llm.checkpoint import BEST, Progress, load_weights, save_adapter
+from copra_llm.processes import on_main
 from copra_llm.settings import TrainSettings
-
-FOLDER = "best"
-"""In a run's folder."""
 
 
 class BestAdapter:
@@ -40,7 +38,7 @@ class BestAdapter:
         settled: Callable[[int], bool],
         progress: Progress,
     ):
-        self.accelerator, self.folder, self.settings = accelerator, folder / FOLDER, settings
+        self.accelerator, self.folder, self.settings = accelerator, folder / BEST, settings
         self.settled, self.progress = settled, progress
         self._first = 0
         # Of a run that goes on in another folder: what is not there any more cannot be the best.
@@ -60,9 +58,8 @@ class BestAdapter:
 
     def look(self, classifier) -> None:
         """After an evaluation: keep this adapter if it is the best so far."""
-        if self.wanted and self.step == self.progress.step and self.accelerator.is_main_process:
-            save_adapter(self.accelerator.unwrap_model(classifier), self.folder)
-        self.accelerator.wait_for_everyone()
+        if self.wanted and self.step == self.progress.step:
+            on_main(self.accelerator, lambda: save_adapter(self.accelerator.unwrap_model(classifier), self.folder))
 
     def exhausted(self) -> bool:
         """Whether the last `early_stopping_patience` evaluations that count have all been worse than the best."""
@@ -70,7 +67,7 @@ class BestAdapter:
         return patience is not None and sum(step > self.step for step, _ in self._counted()) >= patience
 
     def restore(self, classifier) -> int:
-        """Give the model the best adapter, and remove its folder: the run's own will hold it.
+        """Give the model the best adapter.
 
         Returns:
             The step that the model's adapter is of now: the last one where none was kept.
@@ -78,9 +75,6 @@ class BestAdapter:
         if not self.wanted or self.step is None:
             return self.progress.step
         load_weights(self.accelerator.unwrap_model(classifier), self.folder)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.folder)
         return self.step
 
     def _counted(self) -> list[tuple[int, float]]:

@@ -5,6 +5,7 @@ One sentence that names the place and the remedy, on standard error, exit code 2
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import sys
@@ -13,6 +14,8 @@ from collections.abc import Callable
 PREEMPTED_EXIT_CODE = 143
 """What a shell gives a process that SIGTERM has ended: 128 + 15."""
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class InputError(ValueError):
     """Something the caller gave is wrong; the message is one sentence with the place and the remedy."""
@@ -20,6 +23,14 @@ class InputError(ValueError):
 
 class Preempted(Exception):
     """The run was asked to stop (SIGTERM) and has saved a checkpoint; the message says how it goes on."""
+
+
+class LostProcess(Exception):
+    """Another process of the run is gone; the message says how it goes on."""
+
+
+class ToldElsewhere(Exception):
+    """The run ends here because of what its main process has met, and says."""
 
 
 def nearest(word: str, known) -> str:
@@ -33,7 +44,8 @@ def nearest(word: str, known) -> str:
 def exit_on_input_error(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main`: an `InputError` becomes one line on stderr and the return value 2, `Preempted` 143.
 
-    A path that the operating system refuses is wrong input too: a file where a folder must be, no permission to write.
+    A path that the operating system refuses is wrong input too: a file where a folder must be, no permission to write,
+    no room. A `LostProcess` is no wrong input: 1.
     """
 
     @functools.wraps(main)
@@ -45,12 +57,18 @@ def exit_on_input_error(main: Callable[..., int | None]) -> Callable[..., int]:
         except Preempted as stopped:
             print(stopped, file=sys.stderr)
             return PREEMPTED_EXIT_CODE
+        except LostProcess as lost:
+            print(f"error: {lost}", file=sys.stderr)
+            return 1
+        except ToldElsewhere:
+            return 2
         except InputError as error:
             sentence = str(error)
         except OSError as error:
             if error.filename is None:
                 raise
-            sentence = f"{error.filename}: {error.strerror}; give another path"
+            remedy = "make room there, or give another path" if error.errno in _NO_ROOM else "give another path"
+            sentence = f"{error.filename}: {error.strerror}; {remedy}"
         print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
         return 2
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def write_atomic(path: Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"dir": path.parent, "prefix": f".{path.name}.", "delete": False}
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", **options) as f:
+    with naming(path), tempfile.NamedTemporaryFile("w", encoding="utf-8", **options) as f:
         try:
             f.write(text)
             f.flush()
@@ -101,15 +102,21 @@ def write_atomic(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_folder(path: Path):
-    """Yields an empty folder that becomes `path` (replacing it) when the block ends without an error."""
+    """Yields an empty folder that becomes `path` (replacing it) when the block ends without an error.
+
+    Its files are on the disk by then: after a loss of power a folder with its name would else hold empty ones.
+    """
     import shutil
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with naming(path):
+        fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         os.chmod(fresh, 0o755)
-        yield fresh
+        with naming(path):
+            yield fresh
+            _to_disk(fresh)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
             os.replace(path, old / "old")
@@ -119,6 +126,40 @@ def atomic_folder(path: Path):
             os.replace(fresh, path)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def naming(path: Path):
+    """What the system refuses within the block is of `path` where it names no path, or the temporary one."""
+    temporary = str(path.parent / f".{path.name}.")
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and str(error.filename or temporary).startswith(temporary):
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        # safetensors raises an error of its own kind, which has the system's number in its text alone.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def temporary_of(path: Path) -> str | None:
+    """The name under which a temporary file or folder of the writers above would have appeared; None: it is none."""
+    found = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", path.name)
+    return found[1] if found else None
+
+
+def _to_disk(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
 
 
 def pack_bits(outcomes) -> str:

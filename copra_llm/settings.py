@@ -319,6 +319,7 @@ class TrainSettings:
     resume_from_checkpoint: str | None = setting(
         None, 'A checkpoint folder, or "latest": the newest one of each run, if there is one.'
     )
+    ddp_timeout: int = setting(1800, "Seconds after which a process that waits for another one gives up.")
     max_nonfinite_steps: int = setting(10, "Stop after this many steps whose loss was not finite.")
     metrics: list[str] = setting([], "More metrics, by evaluate's names or script paths: f1, matthews_correlation.")
     report_to: list[str] = setting([], "Trackers: tensorboard, wandb.")
@@ -333,6 +334,7 @@ class TrainSettings:
             "save_steps",
             "save_total_limit",
             "early_stopping_patience",
+            "ddp_timeout",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -400,6 +402,6 @@ class HubSettings:
 WITHOUT_EFFECT = frozenset({
     "output_dir", "data_root", "resume_from_checkpoint", "report_to", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "metrics", "sample_prompts", "max_new_tokens",
-    "image_cache_bytes", "dataloader_num_workers", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "image_cache_bytes", "dataloader_num_workers", "push_to_hub", "hub_model_id", "hub_private_repo", "ddp_timeout",
 })  # fmt: skip
 """Settings on which the trained adapter does not depend."""

@@ -14,11 +14,13 @@ Source: CopRA (arXiv 2410.22911), section 2.1.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-import signal
+import shutil
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,16 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from tqdm import tqdm
 from transformers import get_scheduler
-from transformers.integrations.neftune import neftune_post_forward_hook
 
 from copra_llm.adapter_files import RESULT
 from copra_llm.batches import BatchStream, train_loader
 from copra_llm.best import BestAdapter
 from copra_llm.build import Workbench, build
 from copra_llm.checkpoint import (
+    BEST,
     PREEMPTED,
     Progress,
     advance,
@@ -46,6 +48,7 @@ from copra_llm.checkpoint import (
     rotate,
     save_adapter,
     save_checkpoint,
+    sole_writer,
 )
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, Preempted
@@ -53,7 +56,9 @@ from copra_llm.evaluate import evaluate, load_metrics
 from copra_llm.gates import LayerGates
 from copra_llm.liger import apply_liger, check_liger
 from copra_llm.masks import sample_mask
+from copra_llm.neftune import noisy_embeddings
 from copra_llm.optimizer import FiniteWatch, clip, make_optimizer
+from copra_llm.processes import lost_processes, on_main, sigterm
 from copra_llm.results import (
     Result,
     environment,
@@ -79,15 +84,32 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
             there is returned as it is.
 
     Raises:
-        InputError: for wrong input, or a run that keeps diverging.
+        InputError: for wrong input, a run that keeps diverging, or a folder in which another run is at work.
+        OSError: for a folder that cannot be written.
         Preempted: after SIGTERM, once a checkpoint is written.
+        LostProcess, ToldElsewhere: where several processes train, and another one has ended or refused.
     """
-    started = time.time()
-    if config.train.resume_from_checkpoint == "latest" and (folder / RESULT).is_file():
-        finished = read_result(folder / RESULT)
-        refuse_other_settings(folder / RESULT, finished.config, config)
-        return finished
     accelerator = _accelerator(config, folder)
+    with lost_processes(accelerator), sole_writer(accelerator, folder):
+        finished = on_main(accelerator, lambda: _finished(accelerator, config, folder))
+        return finished or _train(accelerator, config, tasks, folder)
+
+
+def _finished(accelerator: Accelerator, config: RunConfig, folder: Path) -> Result | None:
+    """The record of the run that the config asks to resume, if it has ended."""
+    if config.train.resume_from_checkpoint != "latest" or not (folder / RESULT).is_file():
+        return None
+    finished = read_result(folder / RESULT)
+    examples = finished.examples // finished.steps, _examples_a_step(config, accelerator)
+    refuse_other_settings(folder / RESULT, finished.config, config, examples)
+    return finished
+
+
+def _train(accelerator: Accelerator, config: RunConfig, tasks: list[str], folder: Path) -> Result:
+    started = time.time()
+    if config.train.report_to:
+        shown = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.flat().items()}
+        accelerator.init_trackers("copra_llm", config=shown)
     if config.train.use_liger_kernel:
         check_liger(accelerator.device)
     more_metrics = load_metrics(config.train.metrics)
@@ -103,6 +125,9 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
     data: dict[str, Any] = {"log": progress.log, "dev": progress.dev, "skipped_steps": progress.skipped}
     if progress.samples:
         data["samples"] = progress.samples
+    # Where it was begun on another number of processes, the settings alone would not repeat its batches.
+    if progress.stream_batch_size != config.train.per_device_train_batch_size:
+        data["stream_batch_size"] = progress.stream_batch_size
     if bench.counts:
         data["records"] = {split: vars(counts) for split, counts in bench.counts.items()}
     for split in ("dev", "test"):
@@ -117,16 +142,21 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
         seconds=time.time() - started,
         peak_memory_bytes=peak_memory_bytes(),
         steps=progress.step,
-        examples=progress.step * _examples_a_step(config, accelerator),
+        examples=progress.step * progress.examples_a_step,
         data=data,
         environment=run_environment(accelerator, bench),
     )
-    if accelerator.is_main_process:
+
+    def write() -> None:
         save_adapter(accelerator.unwrap_model(bench.classifier), folder / ADAPTER)
-        write_result(folder / RESULT, result)
         (folder / PREEMPTED).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        write_result(folder / RESULT, result)
+        shutil.rmtree(folder / BEST, ignore_errors=True)
+
+    on_main(accelerator, write)
+    # Not `end_training`, which would part the processes: the next task needs them.
+    for tracker in accelerator.trackers:
+        tracker.finish()
     accelerator.free_memory()
     return result
 
@@ -165,18 +195,19 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     floor = {"min_lr": settings.min_lr} if settings.lr_scheduler_type == FLOORED else None
     scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, whole, floor)
     advance(scheduler, first)
-    progress = resume(config, folder, classifier, optimizer, scheduler)
+    examples = _examples_a_step(config, accelerator)
+    progress = resume(accelerator, config, folder, classifier, optimizer, scheduler, examples)
     samples = Samples(accelerator, bench, config, progress)
     claim(accelerator, folder, config.replace(tasks=[task.name for task in bench.tasks]))
-    micro_steps = settings.gradient_accumulation_steps * accelerator.num_processes
+    micro_batches = examples // progress.stream_batch_size
     stream = BatchStream(
         splits,
-        settings.per_device_train_batch_size,
+        progress.stream_batch_size,
         settings.seed_of("data"),
-        start=(first + progress.step) * micro_steps,
-        stop=(first + total_steps) * micro_steps,
+        start=(first + progress.step) * micro_batches,
+        stop=(first + total_steps) * micro_batches,
     )
-    loader = train_loader(classifier, splits, stream)
+    loader = train_loader(classifier, splits, stream, settings.per_device_train_batch_size)
     bench.classifier, optimizer, loader = classifier, optimizer, loader = accelerator.prepare(
         classifier, optimizer, loader
     )
@@ -185,10 +216,11 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     best = BestAdapter(accelerator, folder, settings, lambda step: schedule.settled((first + step) / whole), progress)
     keep_at = {step_at(fraction, total_steps) for fraction in settings.checkpoint_at}
     batches = iter(loader)
-    logged = _RunningLoss(accelerator.device)
+    logged = _RunningLoss(accelerator.device, *progress.unlogged)
     clock = time.time() - progress.seconds
     noise = noisy_embeddings(bench.base.model, settings.neftune_noise_alpha)
-    with noise, _bar(accelerator, progress.step, total_steps) as bar, _sigterm() as asked_to_stop:
+    signals = sigterm(accelerator, settings.ddp_timeout)
+    with noise, _bar(accelerator, progress.step, total_steps) as bar, signals as asked_to_stop:
         for step in range(progress.step, total_steps):
             now = first + step  # of `whole`: the run may be a part of a longer one
             p = schedule(now / whole)
@@ -226,12 +258,13 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
             stopping = asked_to_stop()
             if regular or stopping or progress.step in keep_at:
                 watch.read(step)
+                progress.unlogged = logged.so_far()
                 save_checkpoint(accelerator, classifier, optimizer, config, folder, progress)
                 if regular:
                     rotate(accelerator, folder, settings, keep_at, progress.step)
             if stopping and not last:
-                if accelerator.is_main_process:
-                    write_atomic(folder / PREEMPTED, f"stopped by SIGTERM after step {progress.step}\n")
+                said = f"stopped by SIGTERM after step {progress.step}\n"
+                on_main(accelerator, functools.partial(write_atomic, folder / PREEMPTED, said))
                 raise Preempted(f"stopped after step {progress.step} of {total_steps}; resume with "
                                 f"--resume_from_checkpoint latest")  # fmt: skip
             if best.exhausted():
@@ -260,12 +293,15 @@ def next_step(accelerator: Accelerator, batches: Iterator[dict], count: int) -> 
 class _RunningLoss:
     """Mean loss since it was last asked, kept on the device."""
 
-    def __init__(self, device):
-        self.sum, self.count = torch.zeros((), device=device), 0
+    def __init__(self, device, total: float = 0.0, count: int = 0):
+        self.sum, self.count = torch.tensor(total, device=device), count
 
     def add(self, loss: torch.Tensor) -> None:
         self.sum += loss.detach().float()
         self.count += 1
+
+    def so_far(self) -> tuple[float, int]:
+        return float(self.sum), self.count
 
     def mean(self) -> float:
         mean = float(self.sum) / max(1, self.count)
@@ -282,25 +318,6 @@ def checkpoint_activations(model) -> None:
     """
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.disable_input_require_grads()
-
-
-@contextlib.contextmanager
-def noisy_embeddings(model, alpha: float | None) -> Iterator[None]:
-    """Uniform noise of at most alpha / sqrt(tokens * hidden) on the embeddings while training; None: nothing.
-
-    Source: Jain et al., NEFTune (arXiv 2310.05914), algorithm 1, in transformers' implementation.
-    """
-    if alpha is None:
-        yield
-        return
-    embeddings = model.get_input_embeddings()
-    embeddings.neftune_noise_alpha = alpha
-    hook = embeddings.register_forward_hook(neftune_post_forward_hook)
-    try:
-        yield
-    finally:
-        hook.remove()
-        del embeddings.neftune_noise_alpha
 
 
 def _seed_noise(seed: int, step: int, rank: int) -> None:
@@ -328,7 +345,7 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
     if is_initialized() and (before := AcceleratorState().mixed_precision) != settings.mixed_precision:
         raise InputError(f"this process has run with mixed precision {before}, which Accelerate keeps, but this run "
                          f"wants {settings.mixed_precision}; start a process for it")  # fmt: skip
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=settings.mixed_precision,
         # A step's micro-batches are all read before the first is used, the run's last ones too: that the data are at
         # their end must not end the accumulation.
@@ -339,12 +356,11 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
         project_dir=str(folder),
         step_scheduler_with_optimizer=False,
         # A masked layer's parameters take no part in the step's graph.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=settings.ddp_timeout)),
+        ],
     )
-    if settings.report_to:
-        shown = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.flat().items()}
-        accelerator.init_trackers("copra_llm", config=shown)
-    return accelerator
 
 
 def _examples_a_step(config: RunConfig, accelerator: Accelerator) -> int:
@@ -375,18 +391,3 @@ def _bar(accelerator: Accelerator, done: int, total: int):
     quiet = not accelerator.is_main_process or not sys.stderr.isatty()
     with tqdm(total=total, initial=done, unit="step", disable=quiet, dynamic_ncols=True) as bar:
         yield bar
-
-
-@contextlib.contextmanager
-def _sigterm():
-    """Yields a function that says whether SIGTERM has come; only the main thread can listen for it."""
-    received: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    except ValueError:
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(received)
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -17,6 +17,7 @@ import yaml
 from copra_llm.report import connectivity_table, find_results, plot_curves, step_time_table
 from copra_llm.results import Result, write_atomic
 from copra_llm.summaries.clip import few_shot_table
+from copra_llm.summaries.faults import faults_table
 from copra_llm.summaries.instruct import learning_table, plot_learning, skills_table
 from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
 from copra_llm.summaries.landscape_plots import draw
@@ -93,6 +94,7 @@ TABLES = {
     "instruct": (connectivity_table, "instruct"),
     "few_shot_16": (sixteen_shots, "clip/results/*-shots/micro-clip"),
     "clip_speed": (clip_table, "speed"),
+    "faults": (faults_table, "faults"),
 }
 """README section -> (function of the records, folder of eval/ whose results they are, or a pattern below it)."""
 PAGES = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from copra_llm.batches import WINDOW, BatchStream, EncodedSplit, encode_split, eval_loader, train_loader, window_batches
+from copra_llm.errors import InputError
 from copra_llm.tasks.mtl15 import Example, get_task
 
 GOLDEN_ONE = [[8, 4, 2], [7, 5, 6], [1, 9, 0], [3, 4, 2]]
@@ -151,3 +152,25 @@ def test_loaders_hand_over_the_right_rows():
     assert [i for batch in evaluated for i in batch["index"].tolist()] == [3, 1, 4, 2, 0]
     assert all(b["encoded"] == [split.encoded[i] for i in b["index"]] for b in evaluated)
     assert all(b["labels"].tolist() == [split.labels[i] for i in b["index"]] for b in evaluated)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 8, 12])
+def test_a_stream_cut_anew_has_the_same_examples_in_the_same_order(batch: int):
+    """In batches of any size: the examples of the whole stream, each with the place it has there."""
+    split = encode_split(Echo(), get_task("sst2"), [Example({"text": "a" * n}, 0) for n in range(1, 12)])
+    stream = BatchStream([split], 4, 5, 3, 9)
+    whole, cut = train_loader(Echo(), [split], stream), train_loader(Echo(), [split], stream, batch)
+    assert len(cut) == 24 // batch and all(len(b["encoded"]) == batch for b in cut)
+    assert [e for b in cut for e in b["encoded"]] == [e for b in whole for e in b["encoded"]]
+    places = [[row[:2] for row in b] for b in cut.batch_sampler]
+    assert sum(places, []) == [(micro_batch, i) for micro_batch in range(3, 9) for i in range(4)]
+
+
+def test_tasks_are_not_mixed_in_a_batch():
+    """A part of a task's batch is one task's; anything else is refused."""
+    splits = [encode_split(Echo(), get_task(name), [Example({"text": "a"}, 0)] * 5) for name in ("sst2", "agnews")]
+    stream = BatchStream(splits, 4, 0, 0, 6)
+    tasks = [b["task"] for b in train_loader(Echo(), splits, stream, 2)]
+    assert tasks == ["sst2", "sst2", "agnews", "agnews"] * 3
+    with pytest.raises(InputError, match="take turns by 4 examples, of which --per_device_train_batch_size 8 is no"):
+        train_loader(Echo(), splits, stream, 8)

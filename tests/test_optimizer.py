@@ -12,10 +12,11 @@ from copra_llm.build import build
 from copra_llm.checkpoint import Progress
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
+from copra_llm.neftune import noisy_embeddings
 from copra_llm.optimizer import make_optimizer
 from copra_llm.results import read_result
 from copra_llm.schedule import METHODS
-from copra_llm.train import noisy_embeddings, train_adapter
+from copra_llm.train import train_adapter
 
 BASE = {"tasks": ["sst2"], "data_root": "sample", "max_length": 24, "max_train_samples": 16, "max_eval_samples": 4,
         "per_device_train_batch_size": 4, "learning_rate": 0.01, "max_steps": 4, "checkpoint_at": []}  # fmt: skip
@@ -167,6 +168,24 @@ def test_a_stopped_run_finds_the_same_best_adapter(overfitting, tmp_path):
                 train_adapter(config, ["sst2"], run)
         train_adapter(config.replace(resume_from_checkpoint="latest"), ["sst2"], run)
         assert all(torch.equal(tensor, wanted[key]) for key, tensor in weights(run).items())
+
+
+def test_a_run_stopped_after_its_last_step_keeps_its_best_adapter(overfitting, tmp_path, monkeypatch):
+    """Until the run's own adapter is written the best one stays where it was found, and resuming finds it again."""
+    config, folder = overfitting
+    config = config.replace(method="lora", load_best_model_at_end=True)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_adapter", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_adapter(config, ["sst2"], tmp_path)
+    train_adapter(config.replace(resume_from_checkpoint="latest"), ["sst2"], tmp_path)
+    wanted = weights(folder / "lora-best")
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in weights(tmp_path).items())
+    assert not (tmp_path / "best").exists()
 
 
 def test_the_best_needs_evaluations(config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from copra_llm.results import (
     pack_bits,
     peak_memory_bytes,
     read_result,
+    temporary_of,
     unpack_bits,
     write_atomic,
     write_result,
@@ -194,3 +196,34 @@ def test_atomic_folder_leaves_nothing_on_an_exception(tmp_path):
         if not before:
             os.mkdir(tmp_path / "run")
             (tmp_path / "run" / "old").write_text("0", encoding="utf-8")
+
+
+def test_what_the_system_refuses_names_the_path(tmp_path, monkeypatch):
+    """A full disk says no path, safetensors says it in words of its own, a temporary file has a name of no use."""
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left") as raised:
+            write_atomic(tmp_path / "x.json", "text")
+        assert raised.value.filename == str(tmp_path / "x.json")
+    with pytest.raises(OSError, match="No space left") as raised, atomic_folder(tmp_path / "run"):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "run"))
+    with pytest.raises(FileNotFoundError) as raised, atomic_folder(tmp_path / "run") as fresh:
+        (fresh / "nowhere" / "file").write_text("text")
+    assert raised.value.filename == str(tmp_path / "run")
+    with pytest.raises(FileNotFoundError) as raised, atomic_folder(tmp_path / "run"):
+        (tmp_path / "other").read_text()
+    assert raised.value.filename == str(tmp_path / "other")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_temporary_names_are_recognised(tmp_path):
+    """Those of the writers here, while they write; no name that anybody else would give."""
+    with atomic_folder(tmp_path / "checkpoint-2") as fresh:
+        assert temporary_of(fresh) == "checkpoint-2"
+    for name in ("checkpoint-2", ".lock", ".checkpoint-2", ".x.short", ".x.muchtoolong", "x.abcdefgh", ".x.ABCDEFGH"):
+        assert temporary_of(tmp_path / name) is None

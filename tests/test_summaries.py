@@ -10,6 +10,7 @@ import report_records as made
 
 from copra_llm.figures.runs import spread
 from copra_llm.results import Result
+from copra_llm.summaries.faults import PHASES, faults_table
 from copra_llm.summaries.mtl15 import suite_rows, suite_table
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
 
@@ -131,3 +132,13 @@ def test_along_a_run_each_step_has_its_column():
 def test_no_records_no_table():
     other = made.lines(("lora",), ("sst2",), merge_method="mixture", points=3)
     assert suite([]) == sweep_table(other) == schedules_table(other) == along_table(other) == ""
+
+
+def test_trials_of_kills_and_resumes():
+    """One row for all records, a column a phase; other protocols' records are none."""
+    counts = {"trials": 3, "kills": 5, "lost": 0, "torn": 0, "different": 1, "left_behind": 0}
+    phases = {f"kills/{phase}": number for phase, number in zip(PHASES, (2, 1, 1, 0, 1), strict=True)}
+    lines = faults_table([*SUITE, *[Result("faults", {}, counts | phases)] * 2]).splitlines()
+    assert cells(lines[0])[:3] == ["trials", "kills", "in start"]
+    assert [cells(line) for line in lines[2:]] == [["6", "10", "4", "2", "2", "0", "2", "0", "0", "2", "0"]]
+    assert faults_table(SUITE) == ""

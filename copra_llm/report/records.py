@@ -11,7 +11,7 @@ from typing import Any
 from copra_llm.errors import InputError
 from copra_llm.results import Result, read_result
 
-NO_RECORDS = ("adapter_config.json", "state.json")
+NO_RECORDS = ("adapter_config.json", "state.json", "manifest.json")
 """JSON files that lie in a run's folder and are something else."""
 
 _RUN = ("config.method", "config.model_name_or_path")
