@@ -22,6 +22,7 @@ import pytest
 from conftest import ROOT
 from test_train import adapter_bytes, flags, recipe, settings, steps_saved
 
+from copra_llm import locks
 from copra_llm.checkpoint import broken, checkpoints
 from copra_llm.errors import InputError
 from copra_llm.locks import FolderLock
@@ -246,18 +247,24 @@ def test_a_lock_is_not_its_childrens(tmp_path):
     """A forked child that outlives the run, as a loader's process can, keeps nobody out."""
     lock = FolderLock(tmp_path)
     lock.take()
+    begun, tell = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(tell, b".")
         time.sleep(600)
         os._exit(0)
     try:
+        os.read(begun, 1)  # until the child runs, it holds what its parent held
         os.close(lock._file)  # as the kernel does when the run is killed
+        locks._held.discard(lock._file)
         other = FolderLock(tmp_path)
         assert other.take()
         other.release()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(begun)
+        os.close(tell)
 
 
 def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
