@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -101,6 +102,15 @@ def test_one_record_an_adapter(done):
     """The tuning run is left out; Early CopRA has records of its own."""
     names = {str(p.relative_to(done / "results" / COPRA)) for p in (done / "results").rglob("*.*")}
     assert names == {f"steps4-seed{seed}{early}.json" for seed in (0, 1) for early in ("", "-early")}
+
+
+def test_a_plan_chooses_what_is_kept(runs):
+    names = structured_names(load_adapter_weights(runs / COPRA / "steps4-seed1"))
+    assert PLAN.kept(names) == names
+    few = dataclasses.replace(PLAN, structured=["all", "low"])
+    assert few.kept(names) == ["all", "low"]
+    with pytest.raises(InputError, match="the plan's structured has fc1, but the adapter has all, every-other"):
+        dataclasses.replace(PLAN, structured=["fc1"]).kept(names)
 
 
 def test_a_record_holds_every_variant(done, runs):
@@ -400,9 +410,11 @@ def test_tasks_are_averaged_seed_by_seed():
     assert "| mean of 2 | LoRA | 86.0 |" in pruning_table(RECORDS + more)
 
 
-def test_what_a_record_has_not_is_a_dash_or_no_row():
+def test_what_a_record_has_not_is_a_dash_and_no_row_or_column_of_its_own():
     bare = [record("lora", 0, {("all", 1.0): 90, ("high", 1.0): 70})]
-    assert "| LoRA | 90.0 | – | – | – | 70.0 | – | – | – | – | – | – |" in pruning_table(bare)
+    assert "| LoRA | 90.0 | – | – | – | 70.0 | – | – |\n" in pruning_table(bare)
+    one = [*bare, record("copra", 0, {("all", 1.0): 80, ("magnitude", 0.3): 60})]
+    assert "largest 30 % |\n" in pruning_table(one) and "60.0 |\n" in pruning_table(one)
     assert pruning_table([]) == "" == pruning_details([])
 
 

@@ -49,6 +49,8 @@ class Plan:
     early_tasks: list[str]
     """Where the checkpoint at T/4 is evaluated too; it must be trained again if the run has not kept it."""
     early_methods: list[str]
+    structured: list[str] = field(default_factory=list)
+    """Which layers and modules are kept, by name; empty: all kinds that there are."""
     variants: list[str] = field(default_factory=list)
     """Names of schedules beside the methods, as a sweep has trained them."""
 
@@ -56,6 +58,17 @@ class Plan:
         need_entries(self, "tasks", "methods" if not self.variants else "variants", "seeds")
         check_methods([*self.methods, *self.early_methods])
         self.smaller([], 0)
+
+    def kept(self, names: Sequence[str]) -> list[str]:
+        """Those of an adapter's structured variants that are wanted.
+
+        Raises:
+            InputError: if it has none of a name that is.
+        """
+        missing = next((name for name in self.structured if name not in names), None)
+        if missing is not None:
+            raise InputError(f"the plan's structured has {missing}, but the adapter has {', '.join(names)}")
+        return self.structured or list(names)
 
     def smaller(self, keep: Iterable[str], seed: int) -> list[Variant]:
         """What is evaluated of an adapter."""
@@ -116,7 +129,7 @@ def prune_runs(
         weights = run.weights if checkpoint == "final" else load_adapter_weights(early_checkpoint(run, work, data_root))
         if evaluator is None or loaded_by(evaluator.config) != loaded_by(config):
             evaluator = AdapterEvaluator(config, [task], "test")
-        variants = plan.smaller(structured_names(weights, config.schedule.layer_pattern), config.train.seed)
+        variants = plan.smaller(plan.kept(structured_names(weights, config.schedule.layer_pattern)), config.train.seed)
         kept = unfinished_file(record)
         result = variants_record(weights, config, task, variants, evaluator, checkpoint=checkpoint, unfinished=kept)
         finish(record, portable(result, method if method in plan.variants else None))

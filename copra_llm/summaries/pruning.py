@@ -13,7 +13,7 @@ from pathlib import Path
 from copra_llm.estimates import Estimate, paired_estimate, seed_estimate
 from copra_llm.figures.pruning import LAYERS, Series, averaged, outcomes, pruning_series
 from copra_llm.report.curves import COLOURS, require_matplotlib, save_figure
-from copra_llm.report.tables import markdown_table
+from copra_llm.report.tables import markdown, markdown_table, table
 from copra_llm.results import Result
 
 DENSITIES = (0.5, 0.3, 0.1)
@@ -57,7 +57,8 @@ def _table(results: Iterable[Result], densities: Sequence[float], what: str = "a
         ("middle", spec), ("high third", spec), (f"{worse}, mean of the four", spec), (f"{worse} minus LoRA's", spec),
         *((f"largest {100 * d:g} %", spec) for d in densities), *(("nf4", spec) for _ in densities[:1]),
     ]  # fmt: skip
-    return markdown_table(columns, rows)
+    # What no plan has asked for has no column.
+    return markdown(table("", columns, rows, heads=10)) if rows else ""
 
 
 def pruning_details(results: Iterable[Result], densities: Sequence[float] = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1)) -> str:
