@@ -67,7 +67,8 @@ class Plan:
         """
         missing = next((name for name in self.structured if name not in names), None)
         if missing is not None:
-            raise InputError(f"the plan's structured has {missing}, but the adapter has {', '.join(names)}")
+            raise InputError(f"the plan's structured has {missing}, but the adapter has {', '.join(names)}; "
+                             "name some of these")  # fmt: skip
         return self.structured or list(names)
 
     def smaller(self, keep: Iterable[str], seed: int) -> list[Variant]:
