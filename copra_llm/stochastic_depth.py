@@ -42,12 +42,13 @@ class StochasticDepth:
     """
 
     def __init__(self, model: nn.Module, keys: Sequence[str], drop: float | None, seed: int):
-        self.seed, self.survival = seed, survival(keys, drop) if drop is not None else []
-        named = {base_name(name): module for name, module in model.named_modules()}
+        keys = keys if drop is not None else []
+        self.seed, self.survival = seed, survival(keys, drop or 0.0)
+        named = {base_name(name): module for name, module in model.named_modules()} if keys else {}
         missing = next((key for key in keys if key not in named), None)
-        if drop is not None and missing is not None:
+        if missing is not None:
             raise InputError(f"--stochastic_depth needs blocks, but {missing} is none; leave out --layer_pattern")
-        self.blocks = [named[key] for key in keys] if drop is not None else []
+        self.blocks = [named[key] for key in keys]
 
     @contextmanager
     def applied(self, step: int) -> Iterator[None]:

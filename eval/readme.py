@@ -7,6 +7,7 @@ Between `<!-- begin NAME -->` and `<!-- end NAME -->` stands what NAME's functio
 """
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ from copra_llm.summaries.together import federated_table, multitask_details, mul
 
 EVAL = Path(__file__).parent
 README = EVAL.parent / "README.md"
+CLIP = "clip/results/*-shots"
+"""Its records, by the number of shots."""
 
 
 def tuned(records: Sequence[Result]) -> list[Result]:
@@ -92,7 +95,7 @@ TABLES = {
     "step_time": (step_time_table, "step_time"),
     "instruct_speed": (instruct_table, "speed"),
     "instruct": (connectivity_table, "instruct"),
-    "few_shot_16": (sixteen_shots, "clip/results/*-shots/micro-clip"),
+    "few_shot_16": (sixteen_shots, f"{CLIP}/micro-clip"),
     "clip_speed": (clip_table, "speed"),
     "faults": (faults_table, "faults"),
 }
@@ -122,16 +125,16 @@ PAGES = {
         "instruct_pruned_accuracy": (pruning_table, "instruct"),
     },
     EVAL / "clip" / "README.md": {
-        "few_shot": (few_shot_table, "clip/results/*-shots/micro-clip"),
-        "clip_choice": (few_shot_table, "clip/results/*-shots/choice"),
-        "clip_pruning": (pruning_table, "clip/results/*-shots/pruned"),
-        "clip_federated": (federated_table, "clip/results/*-shots/micro-clip"),
-        "clip_multitask": (multitask_table, "clip/results/*-shots/micro-clip"),
-        "clip_shapley": (shapley_details, "clip/results/*-shots/micro-clip"),
-        "clip_grid": (sweep_table, "clip/results/*-shots/sweeps"),
-        "clip_along": (along_table, "clip/results/*-shots/sweeps"),
-        "clip_similarity": (similarity_table, "clip/results/*-shots/sweeps"),
-        "clip_layerwise": (layerwise_table, "clip/results/*-shots/sweeps"),
+        "few_shot": (few_shot_table, f"{CLIP}/micro-clip"),
+        "clip_choice": (few_shot_table, f"{CLIP}/choice"),
+        "clip_pruning": (pruning_table, f"{CLIP}/pruned"),
+        "clip_federated": (federated_table, f"{CLIP}/micro-clip"),
+        "clip_multitask": (multitask_table, f"{CLIP}/micro-clip"),
+        "clip_shapley": (shapley_details, f"{CLIP}/micro-clip"),
+        "clip_grid": (sweep_table, f"{CLIP}/sweeps"),
+        "clip_along": (along_table, f"{CLIP}/sweeps"),
+        "clip_similarity": (similarity_table, f"{CLIP}/sweeps"),
+        "clip_layerwise": (layerwise_table, f"{CLIP}/sweeps"),
     },
     EVAL / "shapley" / "README.md": {"shapley_details": (shapley_details, "shapley")},
     EVAL / "speed" / "README.md": {
@@ -153,8 +156,9 @@ def filled(text: str, tables: dict = TABLES) -> str:
     return text
 
 
+@functools.cache
 def records_of(folder: str) -> list[Result]:
-    """The records of a protocol, or below what a pattern matches; none where nothing has been run."""
+    """The records of a protocol, or below what a pattern matches, read once; none where nothing has been run."""
     found = sorted(EVAL.glob(folder if "/" in folder else f"{folder}/results"))
     found = [place for place in found if any(place.rglob("*.json"))]
     return find_results(found) if found else []

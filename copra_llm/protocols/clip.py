@@ -80,39 +80,33 @@ class Place:
         return self.data_root, self.say, self.workers
 
 
-def _lines(at: Place, name: str, plan: connectivity.Plan) -> None:
+def _lines(at: Place, plan: connectivity.Plan) -> None:
     connectivity.run_plan(at.model, plan, at.results, at.work, *at.end)
 
 
-def _ablations(at: Place, name: str, plan: sweep.Sweep) -> None:
-    sweep.run_sweep(dataclasses.replace(plan, model=at.model), at.results, at.work, *at.end)
+def _sweep(at: Place, plan: sweep.Sweep) -> None:
+    sweep.run_sweep(plan, at.results, at.work, *at.end)
 
 
-def _sweeps(at: Place, name: str, plan: sweep.Sweep) -> None:
-    plan = dataclasses.replace(plan, model=at.model)
-    sweep.run_sweep(plan, at.results / "sweeps", at.work / "sweeps", *at.end)
+def _landscape(at: Place, plan: landscape.Plan) -> None:
+    landscape.run_plan(at.model, plan, at.results, at.work, *at.end)
 
 
-def _landscape(at: Place, name: str, plan: landscape.Plan) -> None:
-    landscape.run_plan(at.model, plan, at.results / "sweeps", at.work / "sweeps", *at.end)
-
-
-def _pruned(at: Place, name: str, plan: pruning.Plan) -> None:
+def _pruned(at: Place, plan: pruning.Plan) -> None:
     # A pruned run's record has the run's own name.
     pruning.run_plan(at.folder, plan, at.work, at.results / "pruned", at.work / "early", *at.end)
 
 
-def _values(at: Place, name: str, plan: layer_values.Plan) -> None:
+def _values(at: Place, plan: layer_values.Plan) -> None:
     layer_values.run_plan(at.folder, plan, at.results, at.work, at.work / "evaluations", *at.end)
 
 
-def _federated(at: Place, name: str, plan: federated.Federation) -> None:
-    plan = dataclasses.replace(plan, model=at.model)
-    federated.run_federation(name, plan, at.results, at.work / "clients", *at.end)
+def _federated(at: Place, plan: federated.Federation) -> None:
+    federated.run_federation(FEDERATED, plan, at.results, at.work / "clients", *at.end)
 
 
-def _multitask(at: Place, name: str, plan: multitask.MultiTask) -> None:
-    multitask.run_multitask(dataclasses.replace(plan, model=at.model), at.results, at.work, *at.end)
+def _multitask(at: Place, plan: multitask.MultiTask) -> None:
+    multitask.run_multitask(plan, at.results, at.work, *at.end)
 
 
 @dataclass(frozen=True)
@@ -121,21 +115,30 @@ class Part:
 
     plan: str
     kind: type
-    run: Callable[[Place, str, Any], None]
+    run: Callable[[Place, Any], None]
+    below: str = ""
+    """Folder of its runs and records below those that the figures share."""
 
 
+FEDERATED = "table-1-federated"
+SWEEPS = "sweeps"
 FIGURES = {
     "3": [Part("figure-3", connectivity.Plan, _lines)],
     "2": [Part("figure-2", layer_values.Plan, _values)],
     "4": [Part("figure-4", pruning.Plan, _pruned)],
-    "6": [Part("figure-6-grid", sweep.Sweep, _sweeps), Part("figure-6-steps", sweep.Sweep, _sweeps)],
-    "5": [Part("figure-5-rates", sweep.Sweep, _sweeps), Part("figure-5-similarity", landscape.Plan, _landscape)],
+    "6": [
+        Part("figure-6-grid", sweep.Sweep, _sweep, SWEEPS),
+        Part("figure-6-steps", sweep.Sweep, _sweep, SWEEPS),
+    ],
+    "5": [
+        Part("figure-5-rates", sweep.Sweep, _sweep, SWEEPS),
+        Part("figure-5-similarity", landscape.Plan, _landscape, SWEEPS),
+    ],
     "table1": [
-        Part("table-1-federated", federated.Federation, _federated),
-        Part("table-1-multitask", multitask.MultiTask, _multitask),
+        Part(FEDERATED, federated.Federation, _federated), Part("table-1-multitask", multitask.MultiTask, _multitask),
     ],
     "ablations": [
-        Part("ablations", sweep.Sweep, _ablations), Part("ablations-pruned", pruning.Plan, _pruned),
+        Part("ablations", sweep.Sweep, _sweep), Part("ablations-pruned", pruning.Plan, _pruned),
     ],
 }  # fmt: skip
 """The paper's figures and table, and what it has not, in an order in which each finds what it reads: figure 3 trains
@@ -188,9 +191,10 @@ def run_figures(
                 if chosen is None:
                     continue
                 say(f"figure {figure}: {part.plan}, {shots} shots")
-                folder = f"{shots}-shots"
-                place = Place(model, results / folder, work / f"{scale}-{folder}", data_root, say, workers)
-                part.run(place, part.plan, chosen)
+                if hasattr(chosen, "model"):
+                    chosen = dataclasses.replace(chosen, model=model)
+                own = results / f"{shots}-shots" / part.below, work / f"{scale}-{shots}-shots" / part.below
+                part.run(Place(model, *own, data_root, say, workers), chosen)
 
 
 def entries(plans: Path, part: Part, scale: str) -> Iterator[tuple[int, Any]]:

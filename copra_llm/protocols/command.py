@@ -13,7 +13,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from copra_llm.protocols.plans import read_plans
 
@@ -69,22 +69,18 @@ def narrowed(plan: P, tasks: Sequence[str] | None, methods: Sequence[str] | None
         tasks: that may be used; groups of tasks that need another one are left out. None: all.
         methods: names of methods, and of variants where the plan has those. None: all.
     """
-    if tasks is not None:
-        if hasattr(plan, "groups"):
-            fields = {"groups": [group for group in plan.groups if set(group) <= set(tasks)]}
-        else:
-            fields = {"tasks": [task for task in plan.tasks if task in tasks]}
-        if not any(fields.values()):
+    for wanted, fields in ((tasks, ("tasks", "groups")), (methods, ("methods", "variants"))):
+        if wanted is None:
+            continue
+        kept = {field: _kept(getattr(plan, field), wanted) for field in fields if hasattr(plan, field)}
+        if not any(kept.values()):
             return None
-        plan = dataclasses.replace(plan, **fields)
-    if methods is not None:
-        named = {field: getattr(plan, field) for field in ("methods", "variants") if hasattr(plan, field)}
-        fields = {
-            field: {n: own for n, own in names.items() if n in methods} if isinstance(names, dict)
-            else [n for n in names if n in methods]
-            for field, names in named.items()
-        }  # fmt: skip
-        if not any(fields.values()):
-            return None
-        plan = dataclasses.replace(plan, **fields)
+        plan = dataclasses.replace(plan, **kept)
     return plan
+
+
+def _kept(names: Any, wanted: Sequence[str]) -> Any:
+    """Of names, groups of names, or what has names as its keys: those that are wanted, a group as a whole."""
+    if isinstance(names, dict):
+        return {name: own for name, own in names.items() if name in wanted}
+    return [name for name in names if set(name if isinstance(name, list) else [name]) <= set(wanted)]

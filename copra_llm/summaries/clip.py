@@ -7,9 +7,10 @@ pairs of seeds, as in the other tables of merging.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from copra_llm.estimates import paired_estimate
-from copra_llm.figures.groups import Group, grouped, rank
+from copra_llm.figures.groups import Group, grouped, metric, rank
 from copra_llm.figures.merged import KEYS, merged_figures
 from copra_llm.figures.runs import seeds_of
 from copra_llm.report.tables import Value, markdown_table
@@ -31,11 +32,12 @@ def few_shot_table(results: Iterable[Result]) -> str:
         (_setting(g), g.label, g.values[0]): g
         for g in grouped((r for r in results if r.protocol == "interpolation"), (*KEYS, "shots"))
     }
+    loras = {_setting(g): g for g in runs if g.label == "LoRA"}
     rows = []
     for g in sorted(runs, key=_order):
-        lora = next((o for o in runs if o.label == "LoRA" and _setting(o) == _setting(g)), g)
-        lora = g if g.label in BASELINES else lora
-        against = None if lora is g else paired_estimate(g.by_seed(_accuracy(g)), lora.by_seed(_accuracy(g)))
+        # A baseline has no learning rate of its own, so it finds none.
+        lora, value = loras.get(_setting(g), g), partial(metric, name="accuracy", task=g.task_key, split="test")
+        against = None if lora is g else paired_estimate(g.by_seed(value), lora.by_seed(value))
         run = None if g.label in BASELINES else f"{g.learning_rate:g}, {g.steps}"
         rows.append((g.model, g.task, _chance(g.task_key), g.values[-1], BASELINES.get(g.label, g.name), run,
                      seeds_of(g, "test"), against, *_merged(lines, g)))  # fmt: skip
@@ -73,10 +75,6 @@ def _order(g: Group) -> tuple:
     baselines = list(BASELINES)
     own = (0, baselines.index(g.label)) if g.label in BASELINES else (1, *rank(g.label), g.learning_rate, g.steps)
     return model, task, -(shots or 0), own
-
-
-def _accuracy(g: Group):
-    return lambda r: r.metrics[f"test/{g.task_key}/accuracy"]
 
 
 def _chance(task: str) -> float | None:
