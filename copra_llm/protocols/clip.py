@@ -177,9 +177,9 @@ def run_figures(
     Raises:
         InputError: if a figure or the scale is unknown, a plan is wrong, or the model is a folder that is not there.
     """
-    for name, known in (*((figure, FIGURES) for figure in figures), (scale, SCALES)):
+    for what, name, known in (*(("figures", figure, FIGURES) for figure in figures), ("scale", scale, SCALES)):
         if name not in known:
-            raise InputError(f'"{name}" is not one of {", ".join(known)}{nearest(name, known)}')
+            raise InputError(f'--{what}: "{name}" is not one of {", ".join(known)}{nearest(name, known)}; name one')
     model = model or SCALES[scale].model
     if scale == "small" and not Path(model).expanduser().is_dir():
         raise InputError(f"there is no model in {model}; make it with `python recipes/pretrain_micro_clip.py "
