@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -143,59 +143,88 @@ def base_name(name: str) -> str:
     return re.sub(r"^(?:module\.|_orig_mod\.)*(?:.*?base_model\.model\.)?", "", name)
 
 
-def acting(parts: dict[str, nn.Module]) -> dict[str, list[Tensor]]:
-    """Where is a part of a model not the frozen base model now?
+class Part:
+    """A part of a model, of which it is asked again and again where it is not the frozen base model.
+
+    Its modules are listed once, and anew when one of them was exchanged; gates, flags and values are read each time.
 
     Args:
-        parts: modules by their names.
-
-    Returns:
-        The parameters that make the difference, by the name of the module that they belong to: those of adapters
-        that no closed gate and no flag of PEFT's switches off, and trained ones of the base itself.
+        modules: gives the part's modules by name, as they are in the model now.
     """
-    found: dict[str, list[Tensor]] = {}
-    for part, whole in parts.items():
-        switched: set[int] = set()
-        for name, module in whole.named_modules(prefix=part):
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-                own = [p for key, p in module.named_parameters() if not key.startswith(_BASE_WEIGHTS)]
-                switched |= {id(p) for p in own}
-                if _acts(module):
-                    found[name] = own
-        for name, module in whole.named_modules(prefix=part):
-            trained = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in switched]
-            if trained:
-                found[name] = trained
-    return found
+
+    def __init__(self, modules: Callable[[], dict[str, nn.Module]]):
+        self._modules = modules
+        self._tree: list[tuple[dict, list]] = []
+        self._named: dict[str, nn.Module] = {}
+        self._wrapped: dict[str, BaseTunerLayer | AuxiliaryTrainingWrapper] = {}
+        self._bare: dict[str, nn.Module] = {}
+
+    def named_modules(self) -> dict[str, nn.Module]:
+        """All modules by name; not to be changed."""
+        now = self._modules()
+        if not self._tree or any(list(held.values()) != then for held, then in [(now, self._tree[0][1]), *self._tree]):
+            self._list(now)
+        return self._named
+
+    def acting(self) -> dict[str, list[Tensor]]:
+        """The parameters that make the difference, by the name of the module that they belong to: those of adapters
+        that no closed gate and no flag of PEFT's switches off, and trained ones of the base itself."""
+        self.named_modules()
+        found = {name: _own_parameters(module) for name, module in self._wrapped.items() if _acts(module)}
+        trained = {name: [p for p in _direct(module) if p.requires_grad] for name, module in self._bare.items()}
+        return found | {name: own for name, own in trained.items() if own}
+
+    def state(self) -> str | None:
+        """A name for what the adapters do now, to tell it from all else they may do.
+
+        Closed gates, PEFT's own flag, which adapters are active, their scalings and the values of what is trained
+        count. Values are read, not their versions: who writes to `parameter.data` leaves no other trace.
+
+        Returns:
+            "" where nothing acts, else 32 hexadecimal digits; None if the values are not all here to be read (sharded
+            over processes).
+        """
+        found = self.acting()
+        if not found:
+            return ""
+        digest = hashlib.sha256()
+        for name in found:
+            module = self._named[name]
+            settings = [getattr(module, key, None) for key in ("active_adapters", "merged_adapters", "scaling")]
+            digest.update(repr((name, settings)).encode())
+        values = [value.detach() for own in found.values() for value in own]
+        # ZeRO-3 leaves empty tensors, FSDP those of which each process has a piece.
+        if any(value.numel() == 0 or hasattr(value, "placements") for value in values):
+            return None
+        raw = torch.cat([value.contiguous().reshape(-1).view(torch.uint8) for value in values])
+        digest.update(raw.cpu().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def frozen(self) -> list[Tensor]:
+        """The parameters that are not trained."""
+        return [p for module in self.named_modules().values() for p in _direct(module) if not p.requires_grad]
+
+    def _list(self, modules: dict[str, nn.Module]) -> None:
+        self._named = {name: m for part, top in modules.items() for name, m in top.named_modules(prefix=part)}
+        self._tree = [(modules, list(modules.values()))]
+        self._tree += [(module._modules, list(module._modules.values())) for module in self._named.values()]
+        self._wrapped = {name: m for name, m in self._named.items() if isinstance(m, _WRAPPERS)}
+        adapters = {id(below) for m in self._wrapped.values() for name, below in m.named_modules()
+                    if not f"{name}.".startswith(_BASE_WEIGHTS)}  # fmt: skip
+        self._bare = {name: m for name, m in self._named.items() if id(m) not in adapters}
 
 
-def adapter_state(parts: dict[str, nn.Module]) -> str | None:
-    """A name for what the adapters in a part of a model do now, to tell it from all else they may do.
-
-    Closed gates, PEFT's own flag, which adapters are active, their scalings and the values of what is trained count.
-    Values are read, not their versions: who writes to `parameter.data` leaves no other trace.
-
-    Returns:
-        "" where `acting` finds nothing, else 32 hexadecimal digits; None if the values are not all here to be read
-        (sharded over processes).
-    """
-    found = acting(parts)
-    if not found:
-        return ""
-    modules = {name: module for part, whole in parts.items() for name, module in whole.named_modules(prefix=part)}
-    digest = hashlib.sha256()
-    for name in found:
-        settings = [getattr(modules[name], key, None) for key in ("active_adapters", "merged_adapters", "scaling")]
-        digest.update(repr((name, settings)).encode())
-    values = [value.detach() for own in found.values() for value in own]
-    # ZeRO-3 leaves empty tensors, FSDP those of which each process has a piece.
-    if any(value.numel() == 0 or hasattr(value, "placements") for value in values):
-        return None
-    raw = torch.cat([value.contiguous().reshape(-1).view(torch.uint8) for value in values])
-    digest.update(raw.cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
+def _own_parameters(wrapper: BaseTunerLayer | AuxiliaryTrainingWrapper) -> list[Tensor]:
+    """The parameters that a wrapped module has beside the weights of the module it wraps."""
+    return [p for key, p in wrapper.named_parameters() if not key.startswith(_BASE_WEIGHTS)]
 
 
+def _direct(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters, without those of modules below it."""
+    return [p for p in module._parameters.values() if p is not None]
+
+
+_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 _BASE_WEIGHTS = ("base_layer.", "original_module.")
 """Where PEFT keeps the frozen weights of a module that it has wrapped."""
 
