@@ -28,6 +28,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from copra_llm.errors import InputError
+from copra_llm.fused_linear import fused_forward, fusible
 
 GRANULARITIES = ("layer", "module")
 FIRST_INTEGER = r"^(?:[^.]+\.)*?\d+(?=\.|$)"
@@ -41,6 +42,8 @@ class LayerGates:
         model: what `get_peft_model` returned, wrapped or not.
         granularity: "layer" switches a transformer block's adapters together, "module" each alone.
         layer_pattern: regular expression; a layer's key is the module name up to the end of its match.
+        fused: whether open layers are computed in one pass where that gives PEFT's values up to rounding
+            (`fused_linear`).
 
     Raises:
         InputError: if the model has no LoRA module inside a block, or the pattern is no regular expression.
@@ -48,7 +51,9 @@ class LayerGates:
     Adapters outside blocks, `modules_to_save` and trainable tokens are no players: always on.
     """
 
-    def __init__(self, model: nn.Module, granularity: str = "layer", layer_pattern: str | None = None):
+    def __init__(
+        self, model: nn.Module, granularity: str = "layer", layer_pattern: str | None = None, fused: bool = False
+    ):
         modules: dict[str, list[LoraLayer]] = {}
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer):
@@ -63,7 +68,8 @@ class LayerGates:
         """Player names in mask order: (tower, index)."""
         self.modules = [[module for name in names for module in modules[name]] for names in players.values()]
         """The adapted modules of each player."""
-        self._held: list[tuple[LoraLayer, type]] = []
+        self.fused = fused
+        self._held: list[tuple[LoraLayer, type, type]] = []
 
     @property
     def num_layers(self) -> int:
@@ -76,12 +82,12 @@ class LayerGates:
         Forward, backward and (for activation checkpointing, which runs forward again) everything between
         belong inside.
         """
-        closing = self._inactive(mask)
+        switched = self._switched(mask)
         try:
-            _close(closing)
+            _switch(switched)
             yield
         finally:
-            _restore(closing)
+            _restore(switched)
 
     def apply(self, mask: Sequence[bool]) -> None:
         """Close the gates where `mask (num_layers,)` is False, until `lift` or the next mask.
@@ -89,20 +95,26 @@ class LayerGates:
         For a loop that belongs to somebody else and into which no block can be put; elsewhere `applied` is safer.
         """
         self.lift()
-        self._held = self._inactive(mask)
-        _close(self._held)
+        self._held = self._switched(mask)
+        _switch(self._held)
 
     def lift(self) -> None:
-        """Open what `apply` has closed."""
+        """Undo what `apply` has done."""
         _restore(self._held)
         self._held = []
 
-    def _inactive(self, mask: Sequence[bool]) -> list[tuple[LoraLayer, type]]:
-        """The modules of the layers that `mask` leaves out, each with its class as it is now."""
+    def _switched(self, mask: Sequence[bool]) -> list[tuple[LoraLayer, type, type]]:
+        """The modules that `mask` changes, each with its class as it is now and the one for the time of the mask."""
         if len(mask) != self.num_layers:
             raise ValueError(f"the mask has {len(mask)} entries for {self.num_layers} layers")
-        closed = [m for modules, active in zip(self.modules, mask, strict=True) if not active for m in modules]
-        return [(module, type(module)) for module in closed]
+        switched = []
+        for modules, active in zip(self.modules, mask, strict=True):
+            for module in modules:
+                if not active:
+                    switched.append((module, type(module), _closed_class(type(module))))
+                elif self.fused and fusible(module):
+                    switched.append((module, type(module), _fused_class(type(module))))
+        return switched
 
 
 def group_players(
@@ -250,14 +262,14 @@ def foreign_adapters(model: nn.Module) -> list[str]:
     ]
 
 
-def _close(modules: Iterable[tuple[LoraLayer, type]]) -> None:
-    for module, cls in modules:
+def _switch(modules: Iterable[tuple[LoraLayer, type, type]]) -> None:
+    for module, _, cls in modules:
         # Not through nn.Module.__setattr__, which looks for parameters first.
-        object.__setattr__(module, "__class__", _closed_class(cls))
+        object.__setattr__(module, "__class__", cls)
 
 
-def _restore(modules: Iterable[tuple[LoraLayer, type]]) -> None:
-    for module, cls in modules:
+def _restore(modules: Iterable[tuple[LoraLayer, type, type]]) -> None:
+    for module, cls, _ in modules:
         object.__setattr__(module, "__class__", cls)
 
 
@@ -280,6 +292,18 @@ def _closed_class(cls: type[LoraLayer]) -> type[LoraLayer]:
 
     own = {"__call__": __call__, "__module__": cls.__module__, "gate_is_closed": True}
     return type(cls.__name__, (cls,), own)
+
+
+@functools.cache
+def _fused_class(cls: type[LoraLayer]) -> type[LoraLayer]:
+    """`cls` with a forward pass in one node, for a module that was found `fusible`."""
+
+    def forward(self, x, *args, **kwargs):
+        if args or kwargs or self.disable_adapters or self.merged:
+            return cls.forward(self, x, *args, **kwargs)
+        return fused_forward(self, x)
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
 def _natural(name: str) -> tuple:

@@ -186,7 +186,9 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     splits = list(bench.splits["train"].values())
     total_steps = _total_steps(config, accelerator, sum(map(len, splits)))
     schedule = config.schedule.schedule()
-    gates = LayerGates(classifier, config.schedule.granularity, config.schedule.layer_pattern)
+    gates = LayerGates(
+        classifier, config.schedule.granularity, config.schedule.layer_pattern, fused=settings.use_fused_lora
+    )
     depth = StochasticDepth(classifier, gates.keys, config.schedule.stochastic_depth, settings.seed_of("mask"))
     trained = [p for p in classifier.parameters() if p.requires_grad]
     optimizer = make_optimizer(classifier, settings)
