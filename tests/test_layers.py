@@ -21,7 +21,7 @@ ROWS = [
     + ["stochastic_depth"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
-    + ["optimizer", "best", "samples", "liger", "processes", "neftune"]
+    + ["optimizer", "best", "samples", "liger", "processes", "neftune", "exchange", "backends", "zero"]
     + ["prefixes", "coalitions", "ledger", "generate"],
     ["figures"],
     ["protocols", "report", "summaries", "model_card", "publish"],
