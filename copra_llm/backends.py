@@ -101,8 +101,3 @@ class Backend:
     def decode(self, classifier: nn.Module, action: Callable[[nn.Module], T]) -> T:
         """What `action` makes of the model beside its own forward pass: answers, say; all processes ask."""
         return action(self.accelerator.unwrap_model(classifier))
-
-
-def backend_of(accelerator: Accelerator, settings: TrainSettings) -> Backend:
-    """The one that this run was launched with."""
-    return Backend(accelerator, settings)

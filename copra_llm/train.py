@@ -20,7 +20,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from copra_llm.adapter_files import RESULT
-from copra_llm.backends import backend_of
 from copra_llm.batches import BatchStream, train_loader
 from copra_llm.best import BestAdapter
 from copra_llm.build import Workbench, build
@@ -55,6 +53,7 @@ from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, Preempted
 from copra_llm.evaluate import evaluate, load_metrics
 from copra_llm.gates import LayerGates
+from copra_llm.launch import backend_of, check_launch, process_group
 from copra_llm.liger import apply_liger, check_liger
 from copra_llm.masks import sample_mask
 from copra_llm.neftune import noisy_embeddings
@@ -92,6 +91,7 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
     """
     accelerator = _accelerator(config, folder)
     with lost_processes(accelerator), sole_writer(accelerator, folder):
+        check_launch(accelerator, config.train)
         finished = on_main(accelerator, lambda: _finished(accelerator, config, folder))
         return finished or _train(accelerator, config, tasks, folder)
 
@@ -352,7 +352,7 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
         log_with=settings.report_to or None,
         project_dir=str(folder),
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=settings.ddp_timeout))],
+        kwargs_handlers=[process_group(settings)],
     )
 
 

@@ -34,7 +34,8 @@ BACKENDS = {
 def environment(rank: int, port: int, backend: str) -> dict[str, str]:
     """What torchrun would tell a process, and `accelerate launch` beside it."""
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"} | BACKENDS[backend]  # fmt: skip
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            **BACKENDS[backend]}  # fmt: skip
 
 
 def run_rank(
@@ -64,9 +65,7 @@ class Pair:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["copra_llm.train"])
 
-    def __init__(
-        self, argv: list[str], logs: Path, prepare: Callable[[int], None] | None = None, backend: str = "ddp"
-    ):
+    def __init__(self, argv: list[str], logs: Path, prepare: Callable[[int], None] | None = None, backend: str = "ddp"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -21,7 +21,8 @@ ROWS = [
     + ["stochastic_depth"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
-    + ["optimizer", "best", "samples", "liger", "processes", "neftune", "exchange", "backends", "zero"]
+    + ["optimizer", "best", "samples", "liger", "processes", "neftune"]
+    + ["exchange", "backends", "sharded", "zero", "launch"]
     + ["prefixes", "coalitions", "ledger", "generate"],
     ["figures"],
     ["protocols", "report", "summaries", "model_card", "publish"],
