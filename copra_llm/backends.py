@@ -92,8 +92,8 @@ class Backend:
         return (sent[0] + self.exchange.bytes_sent, sent[1] + 1) if self.accelerator.num_processes > 1 else sent
 
     def communication(self, sent: tuple[int, int]) -> dict[str, Any]:
-        """What the record says of it: gradient bytes that a process sends in a step, in the mean, and what DDP's reducer
-        would send; `{}` of one process."""
+        """For the record: gradient bytes that a process sends in a step, in the mean, and what DDP's reducer would
+        send; `{}` of one process."""
         if self.accelerator.num_processes == 1:
             return {}
         measured = {"gradient_bytes_a_step": sent[0] / max(1, sent[1]), "of_ddp": self.exchange.bytes_of_all}

@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import math
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from pairs import Pair
+from pairs import Pair, run_recipes
 from safetensors.torch import load_file
 from test_train import flags, settings
 
@@ -50,10 +48,11 @@ def plans(models: dict[str, Path], folder: Path, records: Path) -> dict[str, lis
     """Command lines of one process by name; the first one's fourth step has a loss that is not finite."""
     common = {"tasks": ["sst2"], "gradient_accumulation_steps": 2}
     llama = functools.partial(settings, models["llama"])
+    early = folder.parent / "one" / "long" / "sst2" / "checkpoint-10"
     runs = {
         "spoiled": llama(**common, save_steps=1),
         "long": llama(**STEPS),
-        "resumed": llama(**STEPS, resume_from_checkpoint=str(folder.parent / "one" / "long" / "sst2" / "checkpoint-10")),
+        "resumed": llama(**STEPS, resume_from_checkpoint=str(early)),
         "unclipped": llama(**common, loraplus_lr_ratio=4.0, max_grad_norm=0.0, gradient_checkpointing=True),
         "encoder": settings(models["bert"], **common, train_head=True, eval_steps=4, load_best_model_at_end=True),
     }  # fmt: skip
@@ -70,16 +69,6 @@ def halved(words: list[str]) -> list[str]:
     """The same run on two processes."""
     at = words.index("--gradient_accumulation_steps") + 1
     return [*words[:at], str(int(words[at]) // 2), *words[at + 1 :]]
-
-
-def run_all(argvs: list[list[str]]) -> int:
-    """The recipes, one after the other in this process; `talk` is the one of conversations."""
-    for argv in argvs:
-        recipe = "train_instruct.py" if "--dataset_name" in argv else "train_mtl15.py"
-        code = runpy.run_path(str(ROOT / "recipes" / recipe))["main"](argv)
-        if code:
-            return code
-    return 0
 
 
 def spoil(calls: int) -> None:
@@ -127,9 +116,12 @@ def _here(p) -> int:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("backends")
-    words = "the cat sat on a mat good bad film great news sports it was".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "good", "bad", "film", "great", "news", "sports", "it", "was"]
     say = [" ".join(words[i % 7 : i % 7 + 3 + i % 4]) for i in range(24)]
-    turns = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in zip(say, say[::-1])]
+    turns = [
+        [{"role": "user", "content": a}, {"role": "assistant", "content": b}]
+        for a, b in zip(say, say[::-1], strict=True)
+    ]
     (folder / "talk.jsonl").write_text("\n".join(json.dumps({"messages": t}) for t in turns))
     return folder
 
@@ -145,7 +137,7 @@ def one(models, work) -> Path:
     honest = LabelWordClassifier._loss
     spoil(calls=8)
     try:
-        assert run_all(list(plans(models, work / "one", work / "talk.jsonl").values())) == 0
+        assert run_recipes(list(plans(models, work / "one", work / "talk.jsonl").values())) == 0
     finally:
         LabelWordClassifier._loss = honest
     return work / "one"
