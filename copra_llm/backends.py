@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from copra_llm.exchange import GradientExchange
+from copra_llm.exchange import GradientExchange, share
 from copra_llm.gates import LayerGates
 from copra_llm.optimizer import FiniteWatch, clip
 from copra_llm.settings import TrainSettings
@@ -52,7 +52,8 @@ class Backend:
         prepared = self._placed(classifier)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.exchange = GradientExchange(self.accelerator, self.trained, gates)
-        self.exchange.share_start()
+        if self.accelerator.num_processes > 1:
+            share(p.data for p in self.trained)
         return prepared
 
     def _placed(self, classifier: nn.Module) -> nn.Module:
