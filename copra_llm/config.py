@@ -111,7 +111,7 @@ def parse_run_config(
     parser.error = _raise_input_error
     parser.add_argument("--config", metavar="FILE", help="Flat YAML with the names below; flags win over it.")
     parser.set_defaults(**defaults or {})
-    names = sorted({f.name for group in groups for f in dataclasses.fields(group)})
+    names = sorted({name for group in groups for f in dataclasses.fields(group) for name in (f.name, *_aliases(f))})
     _refuse_unknown_flags(argv, [*names, "config", "help"], negated=[n for n in names if f"--no_{n}" in argv])
     try:
         config_file = _flag_value(argv, "config")
@@ -124,6 +124,10 @@ def parse_run_config(
         raise InputError(f"command line: {error}; see --help") from None
     names = {group: part.name for group, part in zip(ALL, dataclasses.fields(RunConfig), strict=True)}
     return RunConfig(**{names[group]: part for group, part in zip(groups, parts, strict=True)})
+
+
+def _aliases(setting: dataclasses.Field) -> list[str]:
+    return [flag.removeprefix("--") for flag in setting.metadata.get("aliases", ()) if "_" in flag]
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -173,6 +177,8 @@ def typed_settings(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         InputError: for an unknown name or a value of the wrong type.
     """
     types = {name: hint for group in ALL for name, hint in get_type_hints(group).items()}
+    own = {alias: f.name for group in ALL for f in dataclasses.fields(group) for alias in _aliases(f)}
+    values = {own.get(key, key) if isinstance(key, str) else key: value for key, value in values.items()}
     for key in values:
         if key not in types:
             raise InputError(f'{path}: there is no setting "{key}"{nearest(str(key), types)}')

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -34,7 +35,7 @@ from copra_llm.errors import InputError, nearest
 from copra_llm.gguf import TORN_GGUF, UNREADABLE, converted_gguf, gguf_arguments, gguf_folder, quiet_loading
 from copra_llm.initial import keep_start, refuse_start
 from copra_llm.packaged import PACKAGED, packaged_path
-from copra_llm.quantised_base import keep_trainable, quantisation
+from copra_llm.quantised_base import keep_trainable, quantisation, quantised_as
 from copra_llm.settings import LoraSettings, ModelSettings
 from copra_llm.towers import not_adapted
 
@@ -47,6 +48,8 @@ class Source:
     """A folder or a hub id."""
     name: str
     """`base_model_name_or_path` of saved adapters."""
+    dequantised: str | None = None
+    """The GGUF file that the weights come from, in fewer bits than they have now; None: they are as published."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ class Base:
     fingerprint: str
     """SHA-256 of the weights, first 16 hex digits."""
 
+    def about(self) -> dict[str, Any]:
+        """What a record says of it; how the weights are held, where they are not as published."""
+        held = {"base_quantised": quantised_as(self.model), "base_dequantised_from": self.source.dequantised}
+        named = {"base_model": self.source.name, "base_fingerprint": self.fingerprint}
+        return named | {key: value for key, value in held.items() if value is not None}
+
 
 def resolve(name: str) -> Source:
     """Find out what a model name means.
@@ -70,7 +79,8 @@ def resolve(name: str) -> Source:
     """
     source = _locate(name)
     if source.load_from.endswith(".gguf"):
-        return Source(str(converted_gguf(Path(source.load_from))), source.name)
+        file = Path(source.load_from)
+        return Source(str(converted_gguf(file)), source.name, file.name)
     folder = Path(source.load_from)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{name} has no config.json; give a folder that save_pretrained has written")
@@ -169,8 +179,8 @@ def load_base(settings: ModelSettings) -> Base:
     kind = kind_of(config)
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
-    options |= quantisation(settings, dtype)
     with _readable(settings.model_name_or_path), quiet_loading():
+        options |= quantisation(settings, dtype, lambda: _AUTO[kind].from_config(config, **_extra(kind, config)))
         model = _AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **_extra(kind, config), **options)
         tokenizer = AutoTokenizer.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
     if tokenizer.pad_token is None:

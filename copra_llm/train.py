@@ -381,8 +381,7 @@ def run_environment(accelerator: Accelerator, bench: Workbench) -> dict[str, Any
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         world_size=accelerator.num_processes,
         threads=torch.get_num_threads(),
-        base_model=bench.base.source.name,
-        base_fingerprint=bench.base.fingerprint,
+        **bench.base.about(),
     )
 
 
