@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from copra_llm.adapters import AdapterWeights, adapter_folder, load_adapter_weights
 from copra_llm.errors import InputError
-from copra_llm.gguf import quiet_loading
+from copra_llm.gguf import UNREADABLE, quiet_loading
 from copra_llm.image_inputs import processor_file
 from copra_llm.models import base_config, dtype_of, kind_of, load_adapter, load_base
 from copra_llm.results import atomic_folder
@@ -83,9 +83,7 @@ def fold(
         _untie(model)
     folded = _merge(model, weights.source, progress).to(wanted)
     _check_finite(folded, weights.source, wanted)
-    # Read anew: the loaded base's has been given a padding token.
-    named = folder if (folder / "tokenizer_config.json").is_file() else base.source.load_from
-    tokenizer = AutoTokenizer.from_pretrained(named, trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(folder, base.source.load_from, trust_remote_code)
     with atomic_folder(Path(output)) as fresh, quiet_loading():
         folded.save_pretrained(fresh, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(fresh)
@@ -95,6 +93,20 @@ def fold(
         shards = len(list(fresh.glob("*.safetensors")))
     parameters = sum(p.numel() for p in folded.parameters())
     return Folded(base.source.name, str(wanted).removeprefix("torch."), parameters, shards)
+
+
+def _tokenizer(folder: Path, load_from: str, trust_remote_code: bool):
+    """The adapter's, or else the base's, read anew: the loaded base's has been given a padding token."""
+    own = (folder / "tokenizer_config.json").is_file()
+    try:
+        # Who trusts the base's code has said nothing of the adapter's.
+        return AutoTokenizer.from_pretrained(
+            folder if own else load_from, trust_remote_code=trust_remote_code and not own
+        )
+    except (*UNREADABLE, TypeError, AttributeError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise InputError(f"the tokenizer in {folder if own else load_from} could not be loaded ({first}); mend or "
+                         "remove its files") from None  # fmt: skip
 
 
 def _check_shard_size(size: str) -> None:

@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from copra_llm.adapters import check_places, load_adapter_weights
-from copra_llm.errors import InputError, nearest
-from copra_llm.gguf import TORN_GGUF, UNREADABLE, converted_gguf, gguf_arguments, gguf_folder, quiet_loading
+from copra_llm.errors import InputError, nearest, shown
+from copra_llm.gguf import UNREADABLE, converted_gguf, gguf_arguments, gguf_folder, quiet_loading
 from copra_llm.initial import keep_start, refuse_start
 from copra_llm.packaged import PACKAGED, packaged_path
 from copra_llm.quantised_base import keep_trainable, quantisation, quantised_as
@@ -85,7 +85,8 @@ def resolve(name: str) -> Source:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{name} has no config.json; give a folder that save_pretrained has written")
     if folder.is_dir() and not _weight_files(folder):
-        raise InputError(f"{name} holds no weights (*.safetensors or *.bin); give a folder with them")
+        pickled = " (pickled ones can run code, and are not read)" if any(folder.glob("*.bin")) else ""
+        raise InputError(f"{name} holds no weights in *.safetensors{pickled}; give a folder with them")
     return source
 
 
@@ -129,12 +130,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         folder = gguf_folder(path)
         converted = (folder / "config.json").is_file()
         where = {"pretrained_model_name_or_path": str(folder)} if converted else gguf_arguments(path)
-    try:
-        with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
-    except (*UNREADABLE, *TORN_GGUF) as error:
-        first = " ".join(str(error).split())[:200]
-        raise InputError(f'the tokenizer of "{name}" could not be loaded: {first}') from None
+    with _readable(name, "tokenizer of"), quiet_loading():
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -163,7 +160,12 @@ def base_config(settings: ModelSettings) -> PreTrainedConfig:
 
 def _read_config(source: Source, settings: ModelSettings) -> PreTrainedConfig:
     with _readable(settings.model_name_or_path):
-        return AutoConfig.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
+        config = AutoConfig.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
+    named = getattr(config, "architectures", None) or []
+    if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise InputError(f"{settings.model_name_or_path}: config.json has architectures {shown(named)}, but must name "
+                         "them in a list; fetch the model again")  # fmt: skip
+    return config
 
 
 def load_base(settings: ModelSettings) -> Base:
@@ -174,7 +176,7 @@ def load_base(settings: ModelSettings) -> Base:
     """
     source = resolve(settings.model_name_or_path)
     dtype = dtype_of(settings.dtype)
-    options = {"trust_remote_code": settings.trust_remote_code}
+    options = {"trust_remote_code": settings.trust_remote_code, "use_safetensors": True}
     config = _read_config(source, settings)
     kind = kind_of(config)
     if settings.attn_implementation:
@@ -191,12 +193,21 @@ def load_base(settings: ModelSettings) -> Base:
 
 
 @contextmanager
-def _readable(name: str):
+def _readable(name: str, what: str = "model"):
+    """What transformers raises within the block becomes one sentence; only its readers stand in there.
+
+    A file that is not what it should be makes them raise anything: a KeyError, a RecursionError, a bare Exception.
+    """
     try:
         yield
-    except UNREADABLE as error:
-        first = " ".join(str(error).split())[:200]
-        raise InputError(f'the model "{name}" could not be loaded: {first}') from None
+    except InputError:
+        raise
+    except Exception as error:
+        code = "trust_remote_code" in str(error)
+        remedy = ("it comes with code of its own; give --trust_remote_code if you trust that" if code
+                  else "mend that, or give another")  # fmt: skip
+        first = "" if code else f" ({' '.join(str(error).split())[:200] or type(error).__name__})"
+        raise InputError(f'the {what} "{name}" could not be loaded{first}; {remedy}') from None
 
 
 _AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel, "dual": AutoModel}
@@ -349,7 +360,7 @@ def fingerprint(load_from: str) -> str:
 def _weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _hub_has(hub_id: str) -> bool:
