@@ -50,7 +50,10 @@ def shown(value: object) -> str:
 
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 80
-    return short.repr(value)
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes no numeral of thousands of digits
+        return "a number without measure"
 
 
 def exit_on_input_error(main: Callable[..., int | None]) -> Callable[..., int]:

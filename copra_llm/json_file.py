@@ -35,7 +35,8 @@ def read_json(path: Path, remedy: str) -> Any:
 
 def why_unread(error: ValueError | RecursionError) -> str:
     """Why JSON or YAML of the right grammar cannot be read: Python bounds numerals' digits, and nesting."""
-    return "it is nested too deep" if isinstance(error, RecursionError) else "a value is out of range"
+    deep = isinstance(error, RecursionError) or "nested" in str(error)
+    return "it is nested too deep" if deep else "a value is out of range"
 
 
 def is_number(value: Any) -> bool:

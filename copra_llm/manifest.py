@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from copra_llm.json_file import read_json
+from copra_llm.paths import is_below
 from copra_llm.results import write_atomic
 
 MANIFEST = "manifest.json"
@@ -40,7 +41,7 @@ def damage(folder: Path) -> str | None:
         noted = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()]
     except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is no manifest"
-    if any(Path(name).is_absolute() or ".." in Path(name).parts or len(name) > _LONGEST_NAME for name in files):
+    if not all(map(is_below, files)) or max(map(len, files), default=0) > _LONGEST_NAME:
         return f"{MANIFEST} names files that are not in the folder"
     for name, size, _ in noted:
         if not (folder / name).is_file():

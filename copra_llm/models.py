@@ -327,7 +327,7 @@ def load_adapter(base: Base, folder: Path | str) -> PeftModel:
         model = PeftModel.from_pretrained(base.model, str(folder))
     except (*UNREADABLE, SafetensorError, TypeError, KeyError, IndexError, AttributeError) as error:
         first = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder} does not fit the base model {base.source.name} ({first}); give the base that it "
+        raise InputError(f"{folder} does not fit the base model {base.source.name}: {first}; give the base that it "
                          "was trained on with --model_name_or_path") from None  # fmt: skip
     # PEFT leaves out in silence what it finds no place for.
     check_places(weights, get_peft_model_state_dict(model, save_embedding_layers=False).keys(), base.source.name)
