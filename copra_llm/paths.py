@@ -24,7 +24,9 @@ LONGEST_NAME = 1000
 def is_below(name: str) -> bool:
     """Whether a path that stands in a file is one of a file in a folder: relative, and never upwards."""
     path = Path(name)
-    return not path.is_absolute() and ".." not in path.parts and "\0" not in name and len(name) <= LONGEST_NAME
+    if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name) or len(name) > LONGEST_NAME:
+        return False
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def cache_dir() -> Path:

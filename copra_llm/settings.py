@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from copra_llm.errors import InputError, nearest
+from copra_llm.errors import InputError, nearest, shown
 from copra_llm.schedule import METHODS, Schedule
 
 
@@ -168,6 +168,10 @@ class DataSettings:
     def __post_init__(self):
         if not self.tasks:
             raise InputError("--tasks is empty; name at least one task")
+        # Each becomes the name of a folder.
+        bad = next((task for task in self.tasks if not re.fullmatch(r"\w[\w.+-]{0,99}", task)), None)
+        if bad is not None:
+            raise InputError(f"--tasks names {shown(bad)}, but a task's name must be of letters, digits, _, -, + and .")
         twice = next((task for i, task in enumerate(self.tasks) if task in self.tasks[:i]), None)
         if twice is not None:
             raise InputError(f"--tasks names {twice} twice; name each task once")
