@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
     ["settings", "config", "yaml_file", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates"]
     + ["errors", "answer_scores", "answer_metric", "metrics", "pictures", "portable", "adapter_files", "hub"]
-    + ["manifest", "locks", "json_file", "tensor_file", "patterns"],
+    + ["manifest", "locks", "json_file", "tensor_file", "patterns", "record_kinds"],
     [
         "adapter_config",
         "adapters",
