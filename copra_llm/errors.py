@@ -56,6 +56,12 @@ def shown(value: object) -> str:
         return "a number without measure"
 
 
+def named(value: object, quote: str = '"') -> str:
+    """A name that somebody else has chosen, in quotes; as `shown` where it is no short line of text."""
+    plain = isinstance(value, str) and len(value) <= 80 and value.isprintable()
+    return f"{quote}{value}{quote}" if plain else shown(value)
+
+
 def exit_on_input_error(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main`: an `InputError` becomes one line on stderr and the return value 2, `Preempted` 143.
 
