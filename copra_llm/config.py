@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from copra_llm.errors import InputError, nearest, shown
+from copra_llm.errors import InputError, named, nearest, shown
 from copra_llm.settings import (
     DataSettings,
     HubSettings,
@@ -190,5 +190,5 @@ def typed_settings(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     for key in values:
         if key not in types:
             hint = nearest(str(key)[:100], types)
-            raise InputError(f"{path}: there is no setting {shown(key)}{hint}; see a recipe's --help")
+            raise InputError(f"{path}: there is no setting {named(key)}{hint or '; see --help'}")
     return {key: typed(path, key, value, types[key]) for key, value in values.items()}

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from copra_llm.adapters import AdapterWeights
 from copra_llm.config import RunConfig, typed_settings
-from copra_llm.errors import InputError, nearest, shown
+from copra_llm.errors import InputError, named, nearest, shown
 from copra_llm.merge import check_options, merge
 from copra_llm.tasks.clip.catalogue import image_task_names
 from copra_llm.tasks.mtl15 import get_task
@@ -39,7 +39,7 @@ def read_plans(path: Path, kind: type[P]) -> dict[str, P]:
     needed = {f.name for f in dataclasses.fields(kind) if f.default is MISSING and f.default_factory is MISSING}
     for name, entry in values.items():
         if not isinstance(entry, dict):
-            raise InputError(f"{path}: {shown(name)} is {shown(entry)}, but must hold {', '.join(types)}")
+            raise InputError(f"{path}: {named(name, '')} is {shown(entry)}, but must hold {', '.join(types)}")
     shared = values.pop("all", {})
     plans = {}
     for name, own in values.items():
@@ -49,9 +49,9 @@ def read_plans(path: Path, kind: type[P]) -> dict[str, P]:
         missing = sorted(needed - set(entry))
         unknown = sorted(set(entry) - set(types))
         if missing or unknown:
-            what = f"lacks {missing[0]}" if missing else f"has the unknown entry {shown(unknown[0])}"
+            what = f"lacks {missing[0]}" if missing else f"has the unknown entry {named(unknown[0], '')}"
             hint = nearest(unknown[0][:100], types) if unknown and not missing else ""
-            raise InputError(f"{path}: the plan of {shown(name)} {what}{hint}; it needs {', '.join(types)}")
+            raise InputError(f"{path}: the plan of {named(name, '')} {what}{hint}; it needs {', '.join(types)}")
         plans[name] = kind(**{key: _value(path, key, value, types[key]) for key, value in entry.items()})
     return plans
 
@@ -97,7 +97,7 @@ def merge_rules(entries: dict[str, Any]) -> list[Rule]:
     for name, entry in entries.items():
         if not isinstance(entry, dict | None):
             raise InputError(
-                f"the plan's merge rule {shown(name)} is {shown(entry)}, but must hold `option: value` entries"
+                f"the plan's merge rule {named(name, '')} is {shown(entry)}, but must hold `option: value` entries"
             )
         options = dict(entry or {})
         method = options.pop("method", name)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from copra_llm.errors import InputError, nearest, shown
+from copra_llm.errors import InputError, named, nearest, shown
 from copra_llm.json_file import why_unread
 from copra_llm.paths import HUB, SAMPLE
 from copra_llm.yaml_file import packaged_yaml
@@ -135,7 +135,7 @@ def read_jsonl(path: Path, task: Task) -> list[Example]:
                     raise InputError(f'{place}: the field "{field}" holds half a character; mend it')
             if row["label"] not in label_ids:
                 known = ", ".join(task.labels)
-                raise InputError(f"{place}: {shown(row['label'])} is no label of {task.name}; its labels are {known}")
+                raise InputError(f"{place}: {named(row['label'])} is no label of {task.name}; its labels are {known}")
             examples.append(Example({f: row[f] for f in task.fields}, label_ids[row["label"]]))
     if not examples:
         raise InputError(f"{path} holds no example; {task.name} needs one JSON object with {_columns(task)} a line")

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
-from copra_llm.errors import InputError, shown
+from copra_llm.errors import InputError, named, shown
 from copra_llm.json_file import read_json
 from copra_llm.paths import is_below
 from copra_llm.tasks.clip.examples import ImageExample
@@ -105,7 +105,7 @@ def read_aircraft(folder: Path, images: Path) -> Layout:
         for number, line in enumerate(_lines(path), 1):
             image, _, variant = line.partition(" ")
             if variant not in labels:
-                raise InputError(f"{path}, line {number} names {shown(variant)}, which variants.txt has not; mend it")
+                raise InputError(f"{path}, line {number} names {named(variant)}, which variants.txt has not; mend it")
             if not is_below(image):
                 raise InputError(f"{path}, line {number} names {shown(image)}, which is not in the images' folder; "
                                  "mend it")  # fmt: skip

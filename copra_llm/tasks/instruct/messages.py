@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from copra_llm.errors import InputError, shown
+from copra_llm.errors import InputError, named, shown
 from copra_llm.tasks.instruct.records import ROLES, Conversation
 
 _ROLE_NAMES = {
@@ -125,7 +125,7 @@ def _joined(content: Any, place: str) -> str:
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise InputError(f"{place} holds a part of type {shown(kind)}, but only text can be trained on; remove it")
+            raise InputError(f"{place} holds a part of type {named(kind)}, but only text can be trained on; remove it")
     return "".join(text(part.get("text"), f"{place}: a part of its content") for part in content)
 
 

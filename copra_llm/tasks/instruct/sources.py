@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-from copra_llm.errors import InputError, nearest, shown
+from copra_llm.errors import InputError, named, nearest, shown
 from copra_llm.json_file import is_number
 from copra_llm.tasks.instruct.files import ENDINGS, dataset_rows, file_rows
 from copra_llm.tasks.instruct.formats import check_row, get_format, read_record, recognise, unknown_shape
@@ -46,7 +46,9 @@ class Source:
             get_format(self.format)
         # As a float: an integer may be beyond any.
         if not is_number(self.weight) or not 0 < self.weight <= sys.float_info.max:
-            raise InputError(f"{self.path} has the weight {shown(self.weight)}, but a weight must be a positive number")
+            raise InputError(
+                f"{self.path} has the weight {named(self.weight, '')}, but a weight must be a positive number"
+            )
 
 
 def parse_sources(words: Iterable[str], format: str | None = None) -> list[Source]:
@@ -106,7 +108,7 @@ def _from_yaml(path: Path, format: str | None) -> list[Source]:
         for key in entry:
             if key not in known:
                 hint = nearest(str(key)[:100], known)
-                raise InputError(f"{path}, source {number}: there is no setting {shown(key)}{hint}; "
+                raise InputError(f"{path}, source {number}: there is no setting {named(key)}{hint}; "
                                  f"there are {', '.join(known)}")  # fmt: skip
         sources.append(Source(**{"format": format, **entry}))
     return sources
