@@ -25,7 +25,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from copra_llm.errors import InputError
+from copra_llm.errors import InputError, shown
+from copra_llm.json_file import read_json
+from copra_llm.record_kinds import record_fault
 
 SCHEMA = 1
 
@@ -64,20 +66,19 @@ def read_result(path: Path) -> Result:
     Raises:
         InputError: if the file is missing, is no record, or has a newer schema.
     """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path} is no file; give a result.json that a run has written") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); give a result record") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno} is not JSON ({error.msg}); give a result record") from None
+    record = read_json(path, "give a result.json that a run has written")
     kinds = {"schema": int, "protocol": str, "config": dict, "metrics": dict}
     missing = [k for k, kind in kinds.items() if not (isinstance(record, dict) and isinstance(record.get(k), kind))]
     if missing:
         raise InputError(f"{path} is not a result record: it lacks {missing[0]}; give one that a run has written")
+    if (wrong := record_fault(record)) is not None:
+        raise InputError(
+            f"{path}: {shown(wrong)} is not what a run writes there; run it again, or leave the record out"
+        )
     if record["schema"] > SCHEMA:
-        raise InputError(f"{path} has schema {record['schema']}, this version reads up to {SCHEMA}; update copra_llm")
+        raise InputError(
+            f"{path} has schema {shown(record['schema'])}, this version reads up to {SCHEMA}; update copra_llm"
+        )
     record["metrics"] = {k: math.nan if value is None else value for k, value in record["metrics"].items()}
     known = Result.__dataclass_fields__
     return Result(**{key: value for key, value in record.items() if key in known})

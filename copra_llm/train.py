@@ -201,7 +201,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, whole, floor)
     advance(scheduler, first)
     examples = _examples_a_step(config, accelerator)
-    progress = resume(accelerator, config, folder, classifier, optimizer, scheduler, examples)
+    progress = resume(accelerator, config, folder, classifier, optimizer, scheduler, examples, total_steps)
     samples = Samples(accelerator, bench, config, progress)
     claim(accelerator, folder, config.replace(tasks=[task.name for task in bench.tasks]))
     micro_batches = examples // progress.stream_batch_size
@@ -379,8 +379,7 @@ def run_environment(accelerator: Accelerator, bench: Workbench) -> dict[str, Any
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         world_size=accelerator.num_processes,
         threads=torch.get_num_threads(),
-        base_model=bench.base.source.name,
-        base_fingerprint=bench.base.fingerprint,
+        **bench.base.about(),
     )
 
 
