@@ -107,7 +107,9 @@ def _wait_for_network(node: subprocess.Popen) -> None:
 
 def _plug_in(begun: list[subprocess.Popen], addresses: list[str]) -> None:
     first, second = (str(node.pid) for node in begun)
-    commands = [["ip", "link", "add", "cable", "netns", first, "type", "veth", "peer", "name", "cable", "netns", second]]
+    commands = [
+        ["ip", "link", "add", "cable", "netns", first, "type", "veth", "peer", "name", "cable", "netns", second]
+    ]
     for node, address in zip(begun, addresses, strict=True):
         inside = ["nsenter", "--target", str(node.pid), "--net", "ip"]
         commands += [[*inside, "address", "add", f"{address}/24", "dev", "cable"],

@@ -2,9 +2,9 @@
 
     python eval/backends/run.py [--backends ddp zero2] [--methods lora copra]
 
-Each entry of plan.yaml is started by `accelerate launch` with its launch configuration, on CPUs. The adapter is compared
-with that of one process on the same examples, and a step with its step. What needs a GPU is left out. The run on one
-process, to which all is relative, is done anew at each call, right before the others.
+Each entry of plan.yaml is started by `accelerate launch` with its configuration, on CPUs. Its adapter is compared
+with that of one process on the same examples, and its step with that one's. What needs a GPU is left out. The run on
+one process, to which all is relative, is done anew at each call, before the others.
 """
 
 from __future__ import annotations

@@ -1,0 +1,253 @@
+"""Do the launch configurations start what their headers say?"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from conftest import ROOT
+from launches import COMMANDS, CONFIGS, FILES, Shown, header, shown
+from pairs import RECIPE
+from test_processes import ROUNDING, far
+from test_train import flags, settings
+
+from copra_llm.config import ALL
+from copra_llm.results import read_result
+from copra_llm.train import train_adapter
+
+sys.path.insert(0, str(ROOT / "eval" / "backends"))
+import launching  # noqa: E402
+import multi_node  # noqa: E402
+
+YAML = [path for path in FILES if path.suffix == ".yaml"]
+FLAGS = {f"--{f.name}" for group in ALL for f in dataclasses.fields(group)}
+NODES = multi_node.why_not()
+needs_nodes = pytest.mark.skipif(NODES is not None, reason=str(NODES))
+
+
+def named(value) -> str:
+    return f"{value.file}-{COMMANDS.index(value)}" if isinstance(value, Shown) else Path(value).name
+
+
+# --- what stands in the files -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", YAML, ids=named)
+def test_accelerate_reads_the_file(path):
+    """Its own parser takes every entry, and none of those that it reads as flags alone stands there."""
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1 and config.num_machines >= 1
+    assert not {"rdzv_backend", "same_network"} & set(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_the_header_says_what_for_and_how(path):
+    """A sentence, then commands that start with this file."""
+    first, *_ = header(path)
+    assert not first.startswith("   ") and first.endswith(".")
+    assert any(path.name in " ".join(command.words) for command in shown(path))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=named)
+def test_a_command_of_a_header_is_understood(command):
+    """Its files exist, Accelerate's parser takes its flags, and the recipe knows those that are left to it."""
+    launcher, *rest = command.words
+    if launcher == "accelerate":
+        args = launch_command_parser().parse_args(rest[1:])
+        assert args.config_file == f"accelerate_configs/{command.file}"
+        _validate_launch_command(args)
+        if args.deepspeed_hostfile is not None:
+            assert (ROOT / args.deepspeed_hostfile).is_file()
+        script, argv = args.training_script, args.training_script_args
+    else:
+        assert launcher in ("torchrun", "sbatch")
+        at = next(i for i, word in enumerate(rest) if word.startswith("recipes/"))
+        script, argv = rest[at], rest[at + 1 :]
+    assert (ROOT / script).is_file()
+    assert {word for word in argv if word.startswith("--")} <= FLAGS
+
+
+def test_what_a_file_says_of_rendezvous_does_nothing(tmp_path):
+    """Why c10d is a flag in the headers: Accelerate's own default stands before the file's entry."""
+    config = tmp_path / "nodes.yaml"
+    text = (CONFIGS / "ddp_nodes.yaml").read_text(encoding="utf-8")
+    config.write_text(f"{text}rdzv_backend: c10d\n", encoding="utf-8")
+    args = launch_command_parser().parse_args(["--config_file", str(config), "script.py"])
+    _validate_launch_command(args)
+    assert args.rdzv_backend == "static"
+
+
+@pytest.mark.deepspeed
+def test_deepspeed_reads_the_hostfile():
+    """Two machines, the first of which leads, with as many places as zero2_nodes.yaml has processes."""
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    places = fetch_hostfile(str(CONFIGS / "hostfile"))
+    assert list(places) == ["node0", "node1"]
+    assert sum(places.values()) == load_config_from_file(str(CONFIGS / "zero2_nodes.yaml")).num_processes
+
+
+# --- started ----------------------------------------------------------------------------------------------
+
+SMALL = {"tasks": ["sst2"], "per_device_train_batch_size": 2, "max_steps": 4, "method": "lora"}
+"""A run's settings: a few steps."""
+
+
+def first_command(name: str, *needed: str) -> Shown:
+    """The first of a file's header that has these words."""
+    return next(c for c in shown(CONFIGS / name) if set(needed) <= set(c.words))
+
+
+def started(command: Shown, config, folder: Path) -> dict:
+    """Start a header's command on two processes of this machine, and return the record's environment.
+
+    What is changed: two processes and a free port; the variables of `launching.CPU`; the settings of the run.
+    """
+    words = list(command.words)
+    if words[0] == "accelerate":
+        at = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
+        words = [sys.executable, "-m", "accelerate.commands.launch", *words[2:at], "--num_processes", "2",
+                 "--main_process_port", "0", *words[at:]]  # fmt: skip
+    else:
+        words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    log = folder / "log"
+    with open(log, "w", encoding="utf-8") as said:
+        done = subprocess.run([*words, *flags(config.replace(output_dir=str(folder)))], cwd=ROOT, stdout=said,
+                              stderr=said, env=launching.environment(command.file) | command.variables,
+                              timeout=launching.SECONDS, check=False)  # fmt: skip
+    assert done.returncode == 0, log.read_text(encoding="utf-8")
+    return read_result(folder / "sst2" / "result.json").environment
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_several_processes_on_cpus(launcher, tiny_llama, tmp_path):
+    """Either command of cpu.yaml starts two; Accelerate's MULTI_CPU would start one."""
+    config = settings(tiny_llama, **SMALL)
+    assert started(first_command("cpu.yaml", launcher), config, tmp_path)["world_size"] == 2
+
+
+# --- two machines -----------------------------------------------------------------------------------------
+
+
+LISTEN = "import socket; c, _ = socket.create_server(('node0', 5000)).accept(); print(c.recv(9).decode())"
+SEND = """
+import socket, time
+for _ in range(600):
+    try:
+        socket.create_connection(("localhost", 5000)).close()
+        raise SystemExit("node0 answers on this node's loopback")
+    except ConnectionRefusedError:
+        pass
+    try:
+        socket.create_connection(("node0", 5000)).sendall(socket.gethostname().encode())
+        break
+    except ConnectionRefusedError:
+        time.sleep(0.05)
+"""
+
+
+@needs_nodes
+def test_nodes_meet_over_the_cable_alone(tmp_path):
+    """One reaches the other by its name, not over its own loopback; this machine keeps its name and has no cable."""
+    logs, before = [tmp_path / "node0", tmp_path / "node1"], os.uname().nodename
+    commands = [[sys.executable, "-c", program] for program in (LISTEN, SEND)]
+    codes = multi_node.run(commands, os.environ, logs, seconds=60)
+    assert codes == [0, 0], logs[1].read_text(encoding="utf-8")
+    assert logs[0].read_text(encoding="utf-8") == "node1\n"
+    assert os.uname().nodename == before and "node1" not in Path("/etc/hosts").read_text(encoding="utf-8")
+    assert "cable" not in [name for _, name in socket.if_nameindex()]
+
+
+@needs_nodes
+def test_a_node_that_hangs_is_ended_with_all_its_processes(tmp_path):
+    """Also one that a process of the node has started."""
+    command = ["bash", "-c", "sleep 987 & sleep 987"]
+    with pytest.raises(subprocess.TimeoutExpired):
+        multi_node.run([command], os.environ, [tmp_path / "log"], seconds=1)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "987"]]
+
+
+@pytest.mark.slow
+@needs_nodes
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+@pytest.mark.parametrize("name", ["ddp_nodes.yaml", pytest.param("zero2_nodes.yaml", marks=pytest.mark.deepspeed)])
+def test_two_machines_train_the_adapter_of_one_process(name, rendezvous, tiny_llama, tmp_path):
+    """Two network namespaces, a process in each, started with the header's flags for either rendezvous."""
+    config = settings(tiny_llama, tasks=["sst2"], per_device_train_batch_size=2, method="copra")
+    train_adapter(config.replace(gradient_accumulation_steps=2), ["sst2"], tmp_path / "alone")
+    words = first_command(name, "c10d" if rendezvous == "c10d" else "--machine_rank").words
+    given = words[words.index(f"accelerate_configs/{name}") + 1 : words.index("recipes/train_mtl15.py")]
+    given = " ".join(given).replace("--machine_rank 0", "--machine_rank {rank}").split()
+    script = [RECIPE, *flags(config.replace(output_dir=str(tmp_path)))]
+    codes = launching.launch(name, given, script, tmp_path / "logs", processes=2, nodes=2)
+    assert codes == [0, 0], "\n".join(log.read_text(encoding="utf-8") for log in (tmp_path / "logs").iterdir())
+    assert read_result(tmp_path / "sst2" / "result.json").environment["world_size"] == 2
+    assert far(tmp_path / "alone" / "adapter", tmp_path / "sst2" / "adapter") < ROUNDING
+
+
+# --- Slurm ------------------------------------------------------------------------------------------------
+
+FAKES = {
+    # A node after the other, each with its number, as Slurm starts a task on each.
+    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\n'
+            'for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node "$@" || code=$?; done\nexit ${code:-0}',
+    "scontrol": 'if [ "$1" = show ]; then printf "first\\nsecond\\n"; else echo "$@" > "$STORY/scontrol"; fi',
+    "accelerate": 'echo "$@" >> "$STORY/accelerate"\n'
+                  'if [ -n "${STOPPED:-}" ]; then mkdir -p "$OUTPUT/sst2"; touch "$OUTPUT/sst2/PREEMPTED"; fi\n'
+                  'exit "${CODE:-0}"',
+}  # fmt: skip
+"""What Slurm and the launcher do, as far as the script sees it."""
+
+
+def submitted(tmp_path: Path, nodes: int = 2, **variables: str) -> tuple[int, list[str], str]:
+    """Exit code of launch.slurm, what each node's launcher was told, and what became of the job."""
+    programs = tmp_path / "bin"
+    programs.mkdir(exist_ok=True)
+    for name, body in FAKES.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+        (programs / name).chmod(0o755)
+    for name in ("accelerate", "scontrol"):
+        (tmp_path / name).unlink(missing_ok=True)
+    job = {"SLURM_JOB_ID": "12345", "SLURM_NNODES": str(nodes), "SLURM_JOB_NODELIST": "x", "SLURM_GPUS_ON_NODE": "4"}
+    surroundings = os.environ | job | {"PATH": f"{programs}:{os.environ['PATH']}", "STORY": str(tmp_path)}
+    surroundings |= {"OUTPUT": str(tmp_path / "out")} | variables
+    script = ["bash", CONFIGS / "launch.slurm", "recipes/train_mtl15.py", "--tasks", "sst2"]
+    done = subprocess.run(script, cwd=ROOT, env=surroundings, capture_output=True, text=True, check=False)
+    told = (tmp_path / "accelerate").read_text(encoding="utf-8").splitlines()
+    requeued = tmp_path / "scontrol"
+    return done.returncode, told, requeued.read_text(encoding="utf-8") if requeued.exists() else ""
+
+
+def test_slurm_starts_a_launcher_a_node(tmp_path):
+    """Accelerate's parser takes what it is told, each node has its number, and one node needs no meeting place."""
+    code, told, requeued = submitted(tmp_path)
+    assert (code, requeued) == (0, "")
+    for rank, line in enumerate(told):
+        args = launch_command_parser().parse_args(line.split()[1:])
+        assert (args.num_machines, args.num_processes, args.machine_rank) == (2, 8, rank)
+        assert (args.rdzv_backend, args.main_process_ip, args.main_process_port) == ("c10d", "first", 22345)
+        assert args.config_file == "accelerate_configs/ddp.yaml" and args.training_script == "recipes/train_mtl15.py"
+        output = str(tmp_path / "out")
+        assert args.training_script_args == ["--tasks", "sst2", "--output_dir", output,
+                                             "--resume_from_checkpoint", "latest"]  # fmt: skip
+    assert len(told) == 2
+    (alone,) = submitted(tmp_path, nodes=1, CONFIG="zero3.yaml")[1]
+    args = launch_command_parser().parse_args(alone.split()[1:])
+    assert (args.num_machines, args.num_processes, args.rdzv_backend) == (1, 4, "static")
+    assert args.config_file == "accelerate_configs/zero3.yaml"
+
+
+def test_slurm_requeues_what_was_preempted(tmp_path):
+    """By the file, since a launcher ends with 1 in any case; one of an earlier start requeues nothing."""
+    assert submitted(tmp_path, CODE="1", STOPPED="yes")[::2] == (0, "requeue 12345\n")
+    assert (tmp_path / "out" / "sst2" / "PREEMPTED").exists()
+    assert submitted(tmp_path, CODE="1")[::2] == (1, "")
