@@ -69,6 +69,10 @@ class LayerGates:
     def num_layers(self) -> int:
         return len(self.keys)
 
+    def player_of(self) -> dict[int, int]:
+        """The player of every parameter of its modules, by the parameter's `id`; what is always on is not there."""
+        return {id(p): i for i, modules in enumerate(self.modules) for module in modules for p in module.parameters()}
+
     @contextmanager
     def applied(self, mask: Sequence[bool]) -> Iterator[None]:
         """Close the gates where `mask (num_layers,)` is False; every gate is open again afterwards.

@@ -22,6 +22,7 @@ ROWS = [
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
     + ["optimizer", "best", "samples", "liger", "processes", "neftune"]
+    + ["exchange", "backends", "sharded", "zero", "launch"]
     + ["prefixes", "coalitions", "ledger", "generate"],
     ["figures"],
     ["protocols", "report", "summaries", "model_card", "publish"],
