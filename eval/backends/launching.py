@@ -23,7 +23,7 @@ SECONDS = 1500
 CPU = {
     "NO": {"ACCELERATE_USE_CPU": "true"},
     "MULTI_GPU": {"ACCELERATE_USE_CPU": "true"},
-    "FSDP": {},
+    "FSDP": {"ACCELERATE_USE_CPU": "true"},
     "DEEPSPEED": {"DS_ACCELERATOR": "cpu"},
 }
 """By Accelerate's name of the backend: the variables without which a process would look for a GPU, or not be parted."""
