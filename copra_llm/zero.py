@@ -99,6 +99,9 @@ class Zero(Backend):
         self.optimizer.found_inf = (bad_losses > 0).float()
         self.engine.step()
         self._reached.zero_()
+        if self.stage3:
+            # It keeps the gradients of a layer that is inactive next, and would count them in the norm.
+            self.zero.grad_partitions_flat_buffer.zero_()
         # A gradient that is not finite makes the engine skip the step, on all processes.
         norm = torch.tensor(float(self.engine.get_global_grad_norm()), device=self.accelerator.device)
         watch.verdict(bad_losses, norm)
