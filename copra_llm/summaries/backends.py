@@ -26,26 +26,23 @@ def backends_table(results: Iterable[Result], plan: Mapping[str, Mapping[str, An
     found = {(r.config["backend"], r.config["method"]): r for r in results if r.protocol == "backends"}
     rows = []
     for name, entry in plan.items():
-        if entry.get("needs_gpu"):
-            rows.append((entry["label"], None, "needs a GPU", *[None] * 6))
-            continue
         own = {method: r for (backend, method), r in found.items() if backend == name}
-        rows += [_row(entry["label"], method, own[method]) for method in sorted(own, reverse=True)]
+        rows += [_row(entry["label"], own[method]) for method in sorted(own, reverse=True)]
         if not own:
-            rows.append((entry["label"], None, "not run yet", *[None] * 6))
+            rows.append((entry["label"], None, "needs a GPU" if entry.get("needs_gpu") else "not run yet", *[None] * 6))
     columns = [("backend",), ("method",), ("starts here",), ("same adapter",), ("largest difference",),
                ("sent a step",), ("step, × one process", ".2f"), ("its CPU seconds, × one process", ".2f"),
                ("peak memory",)]  # fmt: skip
     return markdown_table(columns, rows) if found else ""
 
 
-def _row(label: str, method: str, r: Result) -> tuple:
-    m, shown = r.metrics, {"lora": "LoRA", "copra": "CopRA"}.get(method, method)
+def _row(label: str, r: Result) -> tuple:
+    m, shown = r.metrics, {"lora": "LoRA", "copra": "CopRA"}.get(r.config["method"], r.config["method"])
     if not m["starts"]:
         return (label, shown, "no", *[None] * 6)
-    difference = m["largest_difference"]
+    difference, sent = m["largest_difference"], m.get("bytes_per_step")
     return (
         label, shown, "yes", "yes" if difference <= SAME else "no", f"{difference:.0e}" if difference else "0",
-        f"{m['bytes_per_step'] / 1e3:.0f} kB", m["ratio/seconds_per_step"], m["ratio/cpu_seconds_per_step"],
-        f"{m['peak_memory_bytes'] / 1e6:.0f} MB",
+        None if sent is None else f"{sent / 1e3:.0f} kB", m["ratio/seconds_per_step"],
+        m["ratio/cpu_seconds_per_step"], f"{m['peak_memory_bytes'] / 1e6:.0f} MB",
     )  # fmt: skip

@@ -29,16 +29,25 @@ CPU = {
 """By Accelerate's name of the backend: the variables without which a process would look for a GPU, or not be parted."""
 
 
-def environment(config: str) -> dict[str, str]:
-    """Of a launch on the CPU; one thread a process, so that all add in the same order."""
+def environment(config: str, on_gpus: bool = False) -> dict[str, str]:
+    """Of a launch; one thread a process, so that all add in the same order."""
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if on_gpus:
+        return surroundings
     kind = yaml.safe_load((CONFIGS / config).read_text(encoding="utf-8"))["distributed_type"]
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | CPU[kind]
+    return surroundings | CPU[kind]
 
 
 def launch(
-    config: str, flags: Sequence[str], script: Sequence[str], logs: Path, processes: int = 2, nodes: int = 1
+    config: str,
+    flags: Sequence[str],
+    script: Sequence[str],
+    logs: Path,
+    processes: int = 2,
+    nodes: int = 1,
+    on_gpus: bool = False,
 ) -> list[int]:
-    """Start a script by `accelerate launch` on CPUs; the exit codes of the launchers, one a node.
+    """Start a script by `accelerate launch`; the exit codes of the launchers, one a node.
 
     Args:
         config: file of accelerate_configs/.
@@ -47,6 +56,7 @@ def launch(
         logs: folder for what the nodes print.
         processes: in all.
         nodes: 1 or 2; two have the names node0 and node1.
+        on_gpus: and not on CPUs.
 
     Raises:
         subprocess.TimeoutExpired: if it hangs; its processes are killed.
@@ -57,7 +67,7 @@ def launch(
     commands = [[word.replace("{rank}", str(rank)) for word in command] for rank in range(nodes)]
     logs.mkdir(parents=True, exist_ok=True)
     files = [logs / f"node{rank}.log" for rank in range(nodes)]
-    surroundings = environment(config)
+    surroundings = environment(config, on_gpus)
     if multi_node.why_not() is None:
         return multi_node.run(commands, surroundings, files, SECONDS)
     with open(files[0], "w", encoding="utf-8") as said:

@@ -2,14 +2,13 @@
 
     python eval/backends/run.py [--backends ddp zero2] [--methods lora copra]
 
-Each entry of plan.yaml is started by `accelerate launch` with its configuration, on CPUs. Its adapter is compared
-with that of one process on the same examples, and its step with that one's. What needs a GPU is left out. The run on
-one process, to which all is relative, is done anew at each call, before the others.
+Each entry of plan.yaml is started by `accelerate launch` with its configuration, on CPUs. Its adapter is compared with
+that of one process on the same examples, and its step with that one's: its reference, which is run anew at each call,
+before the others. What needs more GPUs than there are is left out.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import statistics
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from launching import ROOT, launch
 
 from copra_llm.adapters import load_adapter_weights
@@ -26,12 +26,11 @@ from copra_llm.config import RunConfig, dump_yaml
 from copra_llm.errors import InputError, exit_on_input_error
 from copra_llm.models import resolve
 from copra_llm.protocols.command import add_folder, chosen_plans, protocol_parser, say
-from copra_llm.results import Result, read_result, write_atomic, write_result
+from copra_llm.protocols.plans import read_plans
+from copra_llm.results import Result, atomic_folder, read_result, write_atomic, write_result
 
 HERE = Path(__file__).parent
 RECIPE = ROOT / "recipes" / "train_mtl15.py"
-REFERENCE = "one"
-"""The entry of the plan to which the others are compared."""
 WARM_UP = 5
 """Steps at the beginning whose time does not count."""
 
@@ -58,6 +57,9 @@ class BackendPlan:
     micro_batches: int = 1
     """Of a process, to an optimizer step."""
     needs_gpu: bool = False
+    """Runs on GPUs, as many as processes, and nowhere else."""
+    reference: str = "one"
+    """The entry to which this one is compared."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the run."""
 
@@ -77,15 +79,13 @@ class BackendPlan:
         })  # fmt: skip
 
 
-def without_dropout(name: str, folder: Path) -> Path:
-    """A copy of a model whose configuration has every dropout at 0: its noise differs from process to process."""
-    model = folder / name
-    shutil.rmtree(model, ignore_errors=True)
-    shutil.copytree(resolve(name).load_from, model)
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    config |= {key: 0.0 for key in config if "dropout" in key and isinstance(config[key], float)}
-    write_atomic(model / "config.json", json.dumps(config))
-    return model
+def without_dropout(name: str, folder: Path) -> None:
+    """Write a copy of a model whose configuration has every dropout at 0: its noise differs from process to process."""
+    with atomic_folder(folder) as fresh:
+        shutil.copytree(resolve(name).load_from, fresh, dirs_exist_ok=True)
+        config = json.loads((fresh / "config.json").read_text(encoding="utf-8"))
+        config |= {key: 0.0 for key in config if "dropout" in key and isinstance(config[key], float)}
+        write_atomic(fresh / "config.json", json.dumps(config))
 
 
 def measure(plan: BackendPlan, config: RunConfig) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def measure(plan: BackendPlan, config: RunConfig) -> dict[str, Any]:
     output.mkdir(parents=True)
     write_atomic(output / "run.yaml", dump_yaml(config))
     script = [HERE / "meter.py", output, RECIPE, "--config", output / "run.yaml"]
-    codes = launch(plan.config, plan.flags, script, output / "logs", plan.processes, plan.nodes)
+    codes = launch(plan.config, plan.flags, script, output / "logs", plan.processes, plan.nodes, plan.needs_gpu)
     said = "\n".join(log.read_text(encoding="utf-8") for log in sorted((output / "logs").glob("*.log")))
     ranks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob("rank-*.json"))]
     record = output / plan.tasks[0] / "result.json"
@@ -141,40 +141,63 @@ def largest_difference(adapter: Path, reference: Path) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
-def records(name: str, plan: BackendPlan, method: str, config: RunConfig, reference: dict[str, Any]) -> Result:
-    """The record of an entry and method, next to the reference's measurements."""
-    seen = reference if name == REFERENCE else measure(plan, config)
+def record_of(
+    name: str, plan: BackendPlan, config: RunConfig, seen: dict[str, Any], reference: dict[str, Any]
+) -> Result:
+    """The record of a measured run, next to its reference's measurements."""
     metrics = {key: value for key, value in seen.items() if isinstance(value, float | int)}
     seconds = metrics.pop("seconds", 0.0)
     if seen["starts"]:
         metrics["largest_difference"] = largest_difference(seen["adapter"], reference["adapter"])
         for key in ("seconds_per_step", "cpu_seconds_per_step"):
             metrics[f"ratio/{key}"] = seen[key] / reference[key]
+    if plan.needs_gpu:
+        metrics.pop("bytes_per_step", None)  # between GPUs they pass no network interface
     settings = config.flat() | {"model_name_or_path": plan.model, "output_dir": None, "data_root": None}
     launched = {"backend": name, "label": plan.label, "launch_config": plan.config, "launch_flags": plan.flags,
-                "processes": plan.processes, "nodes": plan.nodes}  # fmt: skip
-    data = {} if seen["starts"] else {"said": seen["said"]}
+                "processes": plan.processes, "nodes": plan.nodes, "reference": plan.reference}  # fmt: skip
     return Result("backends", settings | launched, metrics, seconds, int(metrics.get("peak_memory_bytes", 0)),
-                  config.train.max_steps, config.train.max_steps * plan.batch, data,
-                  seen.get("environment", {}))  # fmt: skip
+                  config.train.max_steps, config.train.max_steps * plan.batch,
+                  {} if seen["starts"] else {"said": seen["said"]}, seen.get("environment", {}))  # fmt: skip
 
 
-def run(chosen: dict[str, BackendPlan], reference: BackendPlan, data_root: str | None, work: Path) -> Iterator[Result]:
+def run(
+    chosen: dict[str, BackendPlan], plans: dict[str, BackendPlan], data_root: str | None, work: Path
+) -> Iterator[Result]:
     """The records of the chosen entries, method by method.
 
+    Args:
+        chosen: by name.
+        plans: all entries, for those that the chosen ones are compared to.
+        data_root: of MTL15.
+        work: folder for adapters and logs.
+
     Raises:
-        InputError: if the reference itself does not run.
+        InputError: if a reference does not run.
     """
-    model = without_dropout(reference.model, work)
-    for method in reference.methods:
-        base = reference.run_config(method, model, data_root, work / REFERENCE / method)
-        measured = measure(reference, base)
-        if not measured["starts"]:
-            raise InputError(f"the run on one process has failed; see {work / REFERENCE / method}/logs")
+    measured: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def done(name: str, method: str) -> tuple[RunConfig, dict[str, Any]]:
+        plan = plans[name]
+        model = work / plan.model
+        if not model.is_dir():
+            without_dropout(plan.model, model)
+        config = plan.run_config(method, model, data_root, work / name / method)
+        if (name, method) not in measured:
+            measured[name, method] = measure(plan, config)
+        return config, measured[name, method]
+
+    for method in dict.fromkeys(method for plan in chosen.values() for method in plan.methods):
         for name, plan in chosen.items():
-            if method in plan.methods and not plan.needs_gpu:
-                config = plan.run_config(method, model, data_root, work / name / method)
-                yield records(name, plan, method, config, measured)
+            if method not in plan.methods or (plan.needs_gpu and torch.cuda.device_count() < plan.processes):
+                continue
+            _, reference = done(plan.reference, method)
+            if not reference["starts"]:
+                raise InputError(
+                    f"{plan.reference} of the plan does not run; see {work / plan.reference / method}/logs"
+                )
+            config, seen = done(name, method)
+            yield record_of(name, plan, config, seen, reference)
 
 
 @exit_on_input_error
@@ -182,11 +205,8 @@ def main() -> None:
     parser = protocol_parser(__doc__, HERE, entries="backends")
     add_folder(parser, "--work", "runs/backends", "adapters and logs")
     args = parser.parse_args()
-    chosen = dict(chosen_plans(args, BackendPlan))
-    args.entries = [REFERENCE]
-    ((_, reference),) = chosen_plans(args, BackendPlan)
-    reference = dataclasses.replace(reference, methods=sorted({m for plan in chosen.values() for m in plan.methods}))
-    for result in run(chosen, reference, args.data_root, args.work.resolve()):
+    plans, chosen = read_plans(args.plan, BackendPlan), dict(chosen_plans(args, BackendPlan))
+    for result in run(chosen, plans, args.data_root, args.work.resolve()):
         name, method = result.config["backend"], result.config["method"]
         write_result(args.results / f"{name}-{method}.json", result)
         shown = ", ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
