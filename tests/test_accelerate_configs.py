@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -102,9 +103,9 @@ SMALL = {"tasks": ["sst2"], "per_device_train_batch_size": 2, "max_steps": 4, "m
 """A run's settings: a few steps."""
 
 
-def first_command(name: str, *needed: str) -> Shown:
-    """The first of a file's header that has these words."""
-    return next(c for c in shown(CONFIGS / name) if set(needed) <= set(c.words))
+def first_command(name: str, needed: str) -> Shown:
+    """The first of a file's header that has this word."""
+    return next(c for c in shown(CONFIGS / name) if needed in c.words)
 
 
 def started(command: Shown, config, folder: Path) -> dict:
@@ -128,11 +129,23 @@ def started(command: Shown, config, folder: Path) -> dict:
     return read_result(folder / "sst2" / "result.json").environment
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
-def test_several_processes_on_cpus(launcher, tiny_llama, tmp_path):
-    """Either command of cpu.yaml starts two; Accelerate's MULTI_CPU would start one."""
-    config = settings(tiny_llama, **SMALL)
-    assert started(first_command("cpu.yaml", launcher), config, tmp_path)["world_size"] == 2
+deepspeed = pytest.mark.deepspeed
+STARTS = [
+    ("cpu.yaml", "accelerate", "DDP"),
+    ("cpu.yaml", "torchrun", "DDP"),
+    ("fsdp2.yaml", "accelerate", "FSDP2"),
+    pytest.param("zero1.yaml", "accelerate", "ZeRO-1", marks=deepspeed),
+    pytest.param("zero2.yaml", "accelerate", "ZeRO-2", marks=deepspeed),
+    pytest.param("zero3.yaml", "accelerate", "ZeRO-3", marks=deepspeed),
+    pytest.param("zero3.yaml", "--offload_param_device", "ZeRO-3", marks=deepspeed),
+]
+
+
+@pytest.mark.parametrize("name, needed, backend", STARTS)
+def test_a_configuration_starts_two_processes(name, needed, backend, tiny_llama, tmp_path):
+    """By the first command of its header that has the word, and of its backend."""
+    found = started(first_command(name, needed), settings(tiny_llama, **SMALL), tmp_path)
+    assert (found["world_size"], found["backend"]) == (2, backend)
 
 
 # --- two machines -----------------------------------------------------------------------------------------
@@ -167,15 +180,34 @@ def test_nodes_meet_over_the_cable_alone(tmp_path):
     assert "cable" not in [name for _, name in socket.if_nameindex()]
 
 
+def wait_until_running(command: list[str], wanted: bool) -> None:
+    end = time.monotonic() + 60
+    while any(p.info["cmdline"] == command for p in psutil.process_iter(["cmdline"])) != wanted:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 @needs_nodes
 def test_a_node_that_hangs_is_ended_with_all_its_processes(tmp_path):
     """Also one that a process of the node has started."""
-    command = ["bash", "-c", "sleep 987 & sleep 987"]
     with pytest.raises(subprocess.TimeoutExpired):
-        multi_node.run([command], os.environ, [tmp_path / "log"], seconds=1)
-    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "987"]]
+        multi_node.run([["bash", "-c", "sleep 987 & sleep 987"]], os.environ, [tmp_path / "log"], seconds=1)
+    wait_until_running(["sleep", "987"], False)
 
 
+@needs_nodes
+def test_a_node_ends_with_the_process_that_made_it(tmp_path):
+    """Even with one that is killed."""
+    program = "import os, pathlib, multi_node as m; m.run([['sleep', '986']], os.environ, [pathlib.Path('log')], 900)"
+    place = os.environ | {"PYTHONPATH": str(ROOT / "eval" / "backends")}
+    maker = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=place)
+    wait_until_running(["sleep", "986"], True)
+    maker.kill()
+    maker.wait()
+    wait_until_running(["sleep", "986"], False)
+
+
+# A launch of the two machines takes a minute where two cores do all.
 @pytest.mark.slow
 @needs_nodes
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])

@@ -24,7 +24,9 @@ from pathlib import Path
 ADDRESS = "10.77.0.{}"
 """Of a node, by 1 + its rank: on the cable, so of no meaning elsewhere."""
 _NEEDED = "they need Linux, iproute2, util-linux and root"
-_OWN = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+# It ends with this process, and all processes of the node with it.
+_OWN = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child",
+        "--mount-proc"]  # fmt: skip
 # The name has to be in place, and the loopback up, before anything asks for them; then the cable is plugged in.
 _BEGIN = """
 echo node$1 > /proc/sys/kernel/hostname && mount --bind "$2" /etc/hosts && ip link set lo up && read -r || exit 125
@@ -119,7 +121,7 @@ def _plug_in(begun: list[subprocess.Popen], addresses: list[str]) -> None:
 
 
 def _end(node: subprocess.Popen) -> None:
-    node.kill()  # unshare's --kill-child ends all processes of the node with it
+    node.kill()
     node.wait()
 
 
