@@ -132,7 +132,7 @@ def started(command: Shown, config, folder: Path) -> dict:
 deepspeed = pytest.mark.deepspeed
 STARTS = [
     ("cpu.yaml", "accelerate", "DDP"),
-    ("cpu.yaml", "torchrun", "DDP"),
+    pytest.param("cpu.yaml", "torchrun", "DDP", marks=pytest.mark.slow),
     ("fsdp2.yaml", "accelerate", "FSDP2"),
     pytest.param("zero1.yaml", "accelerate", "ZeRO-1", marks=deepspeed),
     pytest.param("zero2.yaml", "accelerate", "ZeRO-2", marks=deepspeed),
