@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ class Backend:
         accelerator: knows the processes.
         settings: of the run.
     """
+
+    name = "ddp"
+    """In records of several processes."""
 
     def __init__(self, accelerator: Accelerator, settings: TrainSettings):
         self.accelerator, self.settings = accelerator, settings
@@ -83,6 +86,18 @@ class Backend:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def count(self, sent: tuple[int, int]) -> tuple[int, int]:
+        """`Progress.sent` after one more step."""
+        return (sent[0] + self.exchange.bytes_sent, sent[1] + 1) if self.accelerator.num_processes > 1 else sent
+
+    def communication(self, sent: tuple[int, int]) -> dict[str, Any]:
+        """What the record says of it: gradient bytes that a process sends in a step, in the mean, and what DDP's reducer
+        would send; `{}` of one process."""
+        if self.accelerator.num_processes == 1:
+            return {}
+        measured = {"gradient_bytes_a_step": sent[0] / max(1, sent[1]), "of_ddp": self.exchange.bytes_of_all}
+        return {"communication": {"backend": self.name, **measured}}
 
     def optimizer_state(self) -> dict:
         """The optimizer's `state_dict`, as one process has it; all processes ask."""

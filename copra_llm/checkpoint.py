@@ -72,6 +72,8 @@ class Progress:
     """Time in the loop so far, evaluation and saving included."""
     examples_a_step: int | None = None
     """Examples of an optimizer step on all processes; None: of a checkpoint from before this was noted."""
+    sent: tuple[int, int] = (0, 0)
+    """Bytes that this process has put into the exchange of gradients, and the number of steps that were counted."""
     stream_batch_size: int | None = None
     """Examples of a micro-batch of the stream; that of the run's first start, whatever its batches are later."""
 

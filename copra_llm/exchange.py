@@ -30,11 +30,11 @@ class GradientExchange:
         self.processes, self.trained = accelerator.num_processes, list(trained)
         self._player_of = gates.player_of()
         self.bytes_sent = 0
-        """What this process has put into all-reduces so far."""
+        """What this process has put into the last step's all-reduce."""
 
     @property
     def bytes_of_all(self) -> int:
-        """What DDP's reducer would put into those of one step: each element of every gradient."""
+        """What DDP's reducer would put into those of a step: each element of every gradient."""
         return sum(p.numel() * p.element_size() for p in self.trained)
 
     def share_start(self) -> None:
@@ -64,7 +64,7 @@ class GradientExchange:
         # Of unequal types torch takes one that the others fit into.
         flat = torch.cat([*(g.reshape(-1) for g in own), there, flag.to(own[0].dtype).reshape(1)])
         distributed.all_reduce(flat)
-        self.bytes_sent += flat.numel() * flat.element_size()
+        self.bytes_sent = flat.numel() * flat.element_size()
         *means, there, flags = flat.split([*(p.numel() for p in sent), len(sent), 1])
         # What has a gradient here has one: only else the device has to be waited for.
         known = [p.grad is not None for p in sent]

@@ -14,10 +14,11 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.accelerator import current_accelerator
 
 from copra_llm.backends import Backend
+from copra_llm.config import RunConfig
 from copra_llm.processes import on_main
 from copra_llm.settings import TrainSettings
 from copra_llm.sharded import ShardedBase, check_fsdp, fsdp_plugin, load_on_all
-from copra_llm.zero import Zero, check_zero
+from copra_llm.zero import Zero, check_zero, load_whole
 
 
 def process_group(settings: TrainSettings) -> InitProcessGroupKwargs:
@@ -29,16 +30,19 @@ def process_group(settings: TrainSettings) -> InitProcessGroupKwargs:
     return InitProcessGroupKwargs(timeout=timeout)
 
 
-def check_launch(accelerator: Accelerator, settings: TrainSettings) -> None:
+def check_launch(accelerator: Accelerator, config: RunConfig) -> None:
     """Refuse a launch that cannot train as it says; to be asked before the base is loaded.
 
     Raises:
         InputError: naming the setting; ToldElsewhere on the other processes.
     """
     if _wants_zero(accelerator):
-        on_main(accelerator, lambda: check_zero(accelerator, settings))
+        on_main(accelerator, lambda: check_zero(accelerator, config))
+        # Accelerate tells transformers of ZeRO-3 whatever this flag says.
+        if not accelerator.deepspeed_plugin.zero3_init_flag:
+            load_whole()
     elif _wants_fsdp(accelerator):
-        on_main(accelerator, lambda: check_fsdp(fsdp_plugin(accelerator), settings))
+        on_main(accelerator, lambda: check_fsdp(fsdp_plugin(accelerator), config.train))
         load_on_all()
 
 

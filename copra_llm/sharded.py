@@ -10,7 +10,8 @@ Source: torch.distributed.fsdp.fully_shard; Zhao et al., PyTorch FSDP (arXiv 230
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -55,6 +56,8 @@ def load_on_all() -> None:
 class ShardedBase(Backend):
     """FSDP2 for the frozen base; the rest as on processes that have all of it."""
 
+    name = "fsdp2"
+
     def _placed(self, classifier: nn.Module) -> nn.Module:
         from torch.distributed.fsdp import fully_shard
 
@@ -72,6 +75,17 @@ class ShardedBase(Backend):
         # Gathered once a pass: what it holds is used at both ends.
         fully_shard(model, **options | {"reshard_after_forward": None})
         return model
+
+    @contextmanager
+    def whole(self, classifier: nn.Module, changed: bool = False) -> Iterator[nn.Module]:
+        from torch.distributed.fsdp import FSDPModule
+
+        # Whoever writes asks the model for its state, upon which it gives back what is gathered; were the others to
+        # keep it, the next pass would gather on one process alone.
+        for module in classifier.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        yield classifier
 
     def decode(self, classifier: nn.Module, action: Callable[[nn.Module], T]) -> T:
         # What the root holds is gathered by its hooks alone, and generating goes past its forward pass.

@@ -91,7 +91,7 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
     """
     accelerator = _accelerator(config, folder)
     with lost_processes(accelerator), sole_writer(accelerator, folder):
-        check_launch(accelerator, config.train)
+        check_launch(accelerator, config)
         finished = on_main(accelerator, lambda: _finished(accelerator, config, folder))
         return finished or _train(accelerator, config, tasks, folder)
 
@@ -129,6 +129,7 @@ def _train(accelerator: Accelerator, config: RunConfig, tasks: list[str], folder
     # Where it was begun on another number of processes, the settings alone would not repeat its batches.
     if progress.stream_batch_size != config.train.per_device_train_batch_size:
         data["stream_batch_size"] = progress.stream_batch_size
+    data |= bench.backend.communication(progress.sent)
     if bench.counts:
         data["records"] = {split: vars(counts) for split, counts in bench.counts.items()}
     for split in ("dev", "test"):
@@ -237,6 +238,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
             scheduler.step()
             progress.step = step + 1
             progress.seconds = time.time() - clock
+            progress.sent = backend.count(progress.sent)
             last = progress.step == total_steps
             bar.update()
             if progress.step % settings.logging_steps == 0 or last:

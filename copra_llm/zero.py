@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from copra_llm.backends import Backend
+from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.gates import LayerGates
 from copra_llm.optimizer import FiniteWatch
@@ -66,7 +68,6 @@ class Zero(Backend):
     """DeepSpeed's engine with ZeRO stage 1, 2 or 3."""
 
     def prepare(self, classifier: nn.Module, optimizer: Optimizer, gates: LayerGates) -> nn.Module:
-        self.accelerator.deepspeed_plugin.deepspeed_config |= engine_settings(self.accelerator, self.settings)
         self.trained = [p for p in classifier.parameters() if p.requires_grad]
         # Where the engine casts the model, its master copy would begin with the rounded adapter.
         start = [p.detach().clone() for p in self.trained]
@@ -75,7 +76,8 @@ class Zero(Backend):
         self._reached = torch.zeros(len(self.optimizer.param_groups), device=self.accelerator.device)
         for p in self.trained:
             p.register_hook(self._note(self.group_of[id(p)]))
-        self.engine, wrapped = self.accelerator.prepare(classifier, self.optimizer)
+        with engine_told(self.accelerator, self.settings):
+            self.engine, wrapped = self.accelerator.prepare(classifier, self.optimizer)
         self.zero = wrapped.optimizer
         self._load_state(start)
         return self.engine
@@ -106,6 +108,13 @@ class Zero(Backend):
         norm = torch.tensor(float(self.engine.get_global_grad_norm()), device=self.accelerator.device)
         watch.verdict(bad_losses, norm)
         return norm
+
+    def count(self, sent: tuple[int, int]) -> tuple[int, int]:
+        return sent
+
+    def communication(self, sent: tuple[int, int]) -> dict[str, Any]:
+        # The engine's own buckets and gathers are not counted.
+        return {"communication": {"backend": f"zero{self.engine.zero_optimization_stage()}"}}
 
     # --- what is whole elsewhere ----------------------------------------------------------------------------
 
@@ -207,13 +216,26 @@ def engine_settings(accelerator: Accelerator, settings: TrainSettings) -> dict:
     }
 
 
-def check_zero(accelerator: Accelerator, settings: TrainSettings) -> None:
+@contextmanager
+def engine_told(accelerator: Accelerator, settings: TrainSettings) -> Iterator[None]:
+    """The launch's configuration, completed for this run within the block: the next one in the process has its own."""
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    told = engine_settings(accelerator, settings)
+    before = {key: config.get(key, "auto") for key in told}
+    config.update(told)
+    try:
+        yield
+    finally:
+        config.update(before)
+
+
+def check_zero(accelerator: Accelerator, run: RunConfig) -> None:
     """Refuse what a launch asks of DeepSpeed and this loop cannot do, or what contradicts the run's own settings.
 
     Raises:
         InputError: naming the setting of DeepSpeed's configuration and the run's own.
     """
-    config = accelerator.deepspeed_plugin.deepspeed_config
+    settings, config = run.train, accelerator.deepspeed_plugin.deepspeed_config
     zero = config["zero_optimization"]
     if zero.get("stage", 0) == 0:
         raise InputError("zero_stage is 0, with which DeepSpeed shards nothing; launch without DeepSpeed, or set "
@@ -228,6 +250,11 @@ def check_zero(accelerator: Accelerator, settings: TrainSettings) -> None:
     if settings.fp16:
         raise InputError("--fp16 under DeepSpeed scales losses by its own rules, which are not held to those here; "
                          "give --bf16 or neither")  # fmt: skip
+    if run.data.train_head and run.data.joint and len(run.data.tasks) > 1:
+        raise InputError("--train_head with --joint trains a head a task, and processes whose batches are of unequal "
+                         "tasks cannot meet under DeepSpeed; leave one of them out, or launch without it")  # fmt: skip
+    if zero["stage"] == 3:
+        _check_sharded_load(accelerator, run)
     wanted = engine_settings(accelerator, settings)
     flags = {"gradient_accumulation_steps": "--gradient_accumulation_steps", "gradient_clipping": "--max_grad_norm",
              "train_micro_batch_size_per_gpu": "--per_device_train_batch_size"}  # fmt: skip
@@ -236,3 +263,26 @@ def check_zero(accelerator: Accelerator, settings: TrainSettings) -> None:
         if (said := config.get(key, "auto")) not in ("auto", 1, wanted[key]):
             raise InputError(f"DeepSpeed's configuration has {key} = {said}, but {flag} is {wanted[key]}; set it to "
                              "auto, or make them equal")  # fmt: skip
+
+
+def _check_sharded_load(accelerator: Accelerator, run: RunConfig) -> None:
+    """Refuse under ZeRO-3 what needs whole weights that are not there."""
+    if run.model.load_in_4bit or run.model.load_in_8bit:
+        flag = "--load_in_4bit" if run.model.load_in_4bit else "--load_in_8bit"
+        raise InputError(f"{flag} and ZeRO-3 both take the base's weights apart; leave {flag} out, or set zero_stage "
+                         "to 2")  # fmt: skip
+    if run.lora.use_dora:
+        raise InputError("--use_dora reads its factors past the passes for which ZeRO-3 gathers them; leave it out, or "
+                         "set zero_stage to 2")  # fmt: skip
+    packed = run.instruct is not None and run.instruct.packing
+    if accelerator.deepspeed_plugin.zero3_init_flag and (packed or run.lora.changes_base):
+        flag = "--packing" if packed else f"--init_lora_weights {run.lora.init_lora_weights}"
+        raise InputError(f"{flag} has to see the whole base, but zero3_init_flag is true, so each process reads a "
+                         "part of it; set zero3_init_flag: false")  # fmt: skip
+
+
+def load_whole() -> None:
+    """Have transformers read a whole base on every process; the engine takes it apart."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
