@@ -36,7 +36,6 @@ def quantisation(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
         raise InputError(f"{flag} needs bitsandbytes: pip install copra_llm[quantization]")
     from accelerate import PartialState
     from transformers import BitsAndBytesConfig
-    from transformers.integrations import is_deepspeed_zero3_enabled
 
     config = BitsAndBytesConfig(
         load_in_4bit=settings.load_in_4bit,
@@ -45,10 +44,6 @@ def quantisation(settings: ModelSettings, dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
-    if is_deepspeed_zero3_enabled():
-        # Its engine places and divides the weights, and gathers those of one type together: the packed ones bear it.
-        config.bnb_4bit_quant_storage = dtype
-        return {"quantization_config": config}
     # A quantised model cannot be moved afterwards: each process loads it where it computes.
     return {"quantization_config": config, "device_map": {"": PartialState().device}}
 
