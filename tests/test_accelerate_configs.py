@@ -12,10 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT
+from examples import write_conversations
 from launches import COMMANDS, CONFIGS, FILES, Shown, header, shown
 from pairs import RECIPE
 from test_processes import ROUNDING, far
@@ -99,8 +101,16 @@ def test_deepspeed_reads_the_hostfile():
 
 # --- started ----------------------------------------------------------------------------------------------
 
-SMALL = {"tasks": ["sst2"], "per_device_train_batch_size": 2, "max_steps": 4, "method": "lora"}
-"""A run's settings: a few steps."""
+
+def small(script: str, model: Path, folder: Path) -> list[str]:
+    """Flags of a recipe, by which a run takes a few steps; they stand after the header's, and so before them."""
+    if script == "recipes/train_mtl15.py":
+        config = settings(model, tasks=["sst2"], per_device_train_batch_size=2, max_steps=4)
+        return flags(config.replace(output_dir=str(folder)))
+    talk = write_conversations(folder / "talk.jsonl", 24)
+    return [f"--model_name_or_path={model}", f"--dataset_name={talk}", "--chat_template=plain", "--dev_size=4",
+            "--max_length=64", "--per_device_train_batch_size=2", "--max_steps=4",
+            f"--output_dir={folder / 'run'}"]  # fmt: skip
 
 
 def first_command(name: str, needed: str) -> Shown:
@@ -108,44 +118,65 @@ def first_command(name: str, needed: str) -> Shown:
     return next(c for c in shown(CONFIGS / name) if needed in c.words)
 
 
-def started(command: Shown, config, folder: Path) -> dict:
-    """Start a header's command on two processes of this machine, and return the record's environment.
+def started(command: Shown, processes: int, model: Path, folder: Path, on_gpus: bool = False) -> dict:
+    """Start a header's command on this machine, and return the record's environment.
 
-    What is changed: two processes and a free port; the variables of `launching.CPU`; the settings of the run.
+    What is changed: the number of processes and the port; the variables of `launching.CPU`; the settings of the run.
     """
     words = list(command.words)
+    at = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
     if words[0] == "accelerate":
-        at = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
-        words = [sys.executable, "-m", "accelerate.commands.launch", *words[2:at], "--num_processes", "2",
-                 "--main_process_port", "0", *words[at:]]  # fmt: skip
+        launcher = ["-m", "accelerate.commands.launch", *words[2:at], "--num_processes", str(processes),
+                    "--main_process_port", "0"]  # fmt: skip
     else:
-        words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+        launcher = ["-m", "torch.distributed.run", *words[1:at]]
     log = folder / "log"
     with open(log, "w", encoding="utf-8") as said:
-        done = subprocess.run([*words, *flags(config.replace(output_dir=str(folder)))], cwd=ROOT, stdout=said,
-                              stderr=said, env=launching.environment(command.file) | command.variables,
-                              timeout=launching.SECONDS, check=False)  # fmt: skip
+        done = subprocess.run([sys.executable, *launcher, *words[at:], *small(words[at], model, folder)], cwd=ROOT,
+                              env=launching.environment(command.file, on_gpus) | command.variables, stdout=said,
+                              stderr=said, timeout=launching.SECONDS, check=False)  # fmt: skip
     assert done.returncode == 0, log.read_text(encoding="utf-8")
-    return read_result(folder / "sst2" / "result.json").environment
+    (record,) = folder.rglob("result.json")
+    return read_result(record).environment
 
 
-deepspeed = pytest.mark.deepspeed
+slow, deepspeed = pytest.mark.slow, pytest.mark.deepspeed
 STARTS = [
-    ("cpu.yaml", "accelerate", "DDP"),
-    pytest.param("cpu.yaml", "torchrun", "DDP", marks=pytest.mark.slow),
-    ("fsdp2.yaml", "accelerate", "FSDP2"),
-    pytest.param("zero1.yaml", "accelerate", "ZeRO-1", marks=deepspeed),
-    pytest.param("zero2.yaml", "accelerate", "ZeRO-2", marks=deepspeed),
-    pytest.param("zero3.yaml", "accelerate", "ZeRO-3", marks=deepspeed),
-    pytest.param("zero3.yaml", "--offload_param_device", "ZeRO-3", marks=deepspeed),
+    pytest.param("single.yaml", "--load_in_4bit", 1, "one process", marks=slow),
+    ("cpu.yaml", "accelerate", 2, "DDP"),
+    pytest.param("cpu.yaml", "torchrun", 2, "DDP", marks=slow),
+    ("fsdp2.yaml", "accelerate", 2, "FSDP2"),
+    pytest.param("fsdp2.yaml", "--load_in_4bit", 2, "FSDP2", marks=slow),
+    pytest.param("zero1.yaml", "accelerate", 2, "ZeRO-1", marks=deepspeed),
+    pytest.param("zero2.yaml", "accelerate", 2, "ZeRO-2", marks=deepspeed),
+    pytest.param("zero3.yaml", "accelerate", 2, "ZeRO-3", marks=deepspeed),
+    pytest.param("zero3.yaml", "--offload_param_device", 2, "ZeRO-3", marks=deepspeed),
 ]
+"""File, a word of the header's command, processes, and what the record calls the backend."""
 
 
-@pytest.mark.parametrize("name, needed, backend", STARTS)
-def test_a_configuration_starts_two_processes(name, needed, backend, tiny_llama, tmp_path):
-    """By the first command of its header that has the word, and of its backend."""
-    found = started(first_command(name, needed), settings(tiny_llama, **SMALL), tmp_path)
-    assert (found["world_size"], found["backend"]) == (2, backend)
+@pytest.mark.parametrize("name, needed, processes, backend", STARTS)
+def test_a_configuration_starts_on_cpus(name, needed, processes, backend, tiny_llama, tmp_path):
+    """As many processes as were asked for, of the file's backend; Accelerate's MULTI_CPU, say, would start one."""
+    found = started(first_command(name, needed), processes, tiny_llama, tmp_path)
+    assert (found["world_size"], found["backend"]) == (processes, backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name, needed, processes, backend",
+    [("single.yaml", "--load_in_4bit", 1, "one process"), ("ddp.yaml", "recipes/train_mtl15.py", 2, "DDP"),
+     ("ddp.yaml", "--load_in_4bit", 2, "DDP"), ("fsdp2.yaml", "recipes/train_mtl15.py", 2, "FSDP2"),
+     ("fsdp2.yaml", "--fsdp_offload_params", 2, "FSDP2"), ("zero2.yaml", "accelerate", 2, "ZeRO-2"),
+     ("zero3.yaml", "accelerate", 2, "ZeRO-3"), ("zero3.yaml", "--offload_param_device", 2, "ZeRO-3")],
+)  # fmt: skip
+def test_a_configuration_starts_on_gpus(name, needed, processes, backend, tiny_llama, tmp_path):
+    """The same where there are GPUs, as many as processes."""
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"needs {processes} GPUs, and there are {torch.cuda.device_count()}")
+    found = started(first_command(name, needed), processes, tiny_llama, tmp_path, on_gpus=True)
+    assert (found["world_size"], found["backend"]) == (processes, backend)
+    assert found["device"] != "cpu"
 
 
 # --- two machines -----------------------------------------------------------------------------------------
@@ -207,11 +238,11 @@ def test_a_node_ends_with_the_process_that_made_it(tmp_path):
     wait_until_running(["sleep", "986"], False)
 
 
-# A launch of the two machines takes a minute where two cores do all.
-@pytest.mark.slow
 @needs_nodes
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-@pytest.mark.parametrize("name", ["ddp_nodes.yaml", pytest.param("zero2_nodes.yaml", marks=pytest.mark.deepspeed)])
+@pytest.mark.parametrize(
+    "name", [pytest.param("ddp_nodes.yaml", marks=slow), pytest.param("zero2_nodes.yaml", marks=deepspeed)]
+)
 def test_two_machines_train_the_adapter_of_one_process(name, rendezvous, tiny_llama, tmp_path):
     """Two network namespaces, a process in each, started with the header's flags for either rendezvous."""
     config = settings(tiny_llama, tasks=["sst2"], per_device_train_batch_size=2, method="copra")
