@@ -238,23 +238,73 @@ def test_a_node_ends_with_the_process_that_made_it(tmp_path):
     wait_until_running(["sleep", "986"], False)
 
 
+def alone_and_together(model: Path, folder: Path):
+    """A run's settings for each of two processes, once one process has trained with the same micro-batches."""
+    config = settings(model, tasks=["sst2"], per_device_train_batch_size=2, method="copra")
+    train_adapter(config.replace(gradient_accumulation_steps=2), ["sst2"], folder / "alone")
+    return config.replace(output_dir=str(folder))
+
+
+def assert_same(folder: Path, backend: str) -> None:
+    found = read_result(folder / "sst2" / "result.json").environment
+    assert (found["world_size"], found["backend"]) == (2, backend)
+    # DeepSpeed adds in another order, and three steps of Adam enlarge it: 2e-6 here.
+    assert far(folder / "alone" / "adapter", folder / "sst2" / "adapter") < (ROUNDING if backend == "DDP" else 1e-4)
+
+
 @needs_nodes
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 @pytest.mark.parametrize(
-    "name", [pytest.param("ddp_nodes.yaml", marks=slow), pytest.param("zero2_nodes.yaml", marks=deepspeed)]
+    "name, backend",
+    [pytest.param("ddp_nodes.yaml", "DDP", marks=slow), pytest.param("zero2_nodes.yaml", "ZeRO-2", marks=deepspeed)],
 )
-def test_two_machines_train_the_adapter_of_one_process(name, rendezvous, tiny_llama, tmp_path):
+def test_two_machines_train_the_adapter_of_one_process(name, backend, rendezvous, tiny_llama, tmp_path):
     """Two network namespaces, a process in each, started with the header's flags for either rendezvous."""
-    config = settings(tiny_llama, tasks=["sst2"], per_device_train_batch_size=2, method="copra")
-    train_adapter(config.replace(gradient_accumulation_steps=2), ["sst2"], tmp_path / "alone")
+    config = alone_and_together(tiny_llama, tmp_path)
     words = first_command(name, "c10d" if rendezvous == "c10d" else "--machine_rank").words
     given = words[words.index(f"accelerate_configs/{name}") + 1 : words.index("recipes/train_mtl15.py")]
     given = " ".join(given).replace("--machine_rank 0", "--machine_rank {rank}").split()
-    script = [RECIPE, *flags(config.replace(output_dir=str(tmp_path)))]
-    codes = launching.launch(name, given, script, tmp_path / "logs", processes=2, nodes=2)
+    codes = launching.launch(name, given, [RECIPE, *flags(config)], tmp_path / "logs", processes=2, nodes=2)
     assert codes == [0, 0], "\n".join(log.read_text(encoding="utf-8") for log in (tmp_path / "logs").iterdir())
-    assert read_result(tmp_path / "sst2" / "result.json").environment["world_size"] == 2
-    assert far(tmp_path / "alone" / "adapter", tmp_path / "sst2" / "adapter") < ROUNDING
+    assert_same(tmp_path, backend)
+
+
+PDSH = """#!{python}
+import os, pathlib, sys
+sys.path.insert(0, {modules!r})
+import multi_node
+line = " ".join(sys.argv[sys.argv.index("-w") + 2 :])
+commands = [["bash", "-c", line.replace("%n", str(rank))] for rank in (0, 1)]
+logs = [pathlib.Path({logs!r}) / f"node{{rank}}.log" for rank in (0, 1)]
+sys.exit(max(multi_node.run(commands, {{"PATH": os.environ["PATH"]}}, logs, seconds=900)))
+"""
+"""What pdsh does, on two nodes of this machine; as over ssh, they get no variables but what stands in the line."""
+
+
+@needs_nodes
+@deepspeed
+def test_deepspeeds_launcher_reaches_the_machines_of_the_hostfile(tiny_llama, tmp_path):
+    """The header's command with the hostfile, two processes instead of sixteen."""
+    programs, config = tmp_path / "bin", alone_and_together(tiny_llama, tmp_path)
+    programs.mkdir()
+    modules = str(ROOT / "eval" / "backends")
+    fakes = {"pdsh": PDSH.format(python=sys.executable, modules=modules, logs=str(tmp_path)), "ssh": "#!/bin/sh\n"}
+    for name, text in fakes.items():
+        (programs / name).write_text(text, encoding="utf-8")
+        (programs / name).chmod(0o755)
+    words = first_command("zero2_nodes.yaml", "pdsh").words
+    at = words.index("recipes/train_mtl15.py")
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words[2:at], "--num_processes", "2"]
+    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    surroundings = launching.environment("zero2_nodes.yaml") | {
+        "PATH": path,
+        "DS_ENV_FILE": str(tmp_path / "variables"),
+    }
+    command += [RECIPE, *flags(config)]
+    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, check=False)
+    said = "\n".join(log.read_text(encoding="utf-8") for log in tmp_path.glob("node*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + said
+    assert_same(tmp_path, "ZeRO-2")
 
 
 # --- Slurm ------------------------------------------------------------------------------------------------
