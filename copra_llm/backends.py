@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from copra_llm.exchange import GradientExchange
+from copra_llm.exchange import GradientExchange, share
 from copra_llm.gates import LayerGates
 from copra_llm.optimizer import FiniteWatch, clip
 from copra_llm.settings import TrainSettings
@@ -52,7 +52,8 @@ class Backend:
         prepared = self._placed(classifier)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.exchange = GradientExchange(self.accelerator, self.trained, gates)
-        self.exchange.share_start()
+        if self.accelerator.num_processes > 1:
+            share(p.data for p in self.trained)
         return prepared
 
     def _placed(self, classifier: nn.Module) -> nn.Module:
@@ -92,8 +93,8 @@ class Backend:
         return (sent[0] + self.exchange.bytes_sent, sent[1] + 1) if self.accelerator.num_processes > 1 else sent
 
     def communication(self, sent: tuple[int, int]) -> dict[str, Any]:
-        """What the record says of it: gradient bytes that a process sends in a step, in the mean, and what DDP's reducer
-        would send; `{}` of one process."""
+        """For the record: gradient bytes that a process sends in a step, in the mean, and what DDP's reducer would
+        send; `{}` of one process."""
         if self.accelerator.num_processes == 1:
             return {}
         measured = {"gradient_bytes_a_step": sent[0] / max(1, sent[1]), "of_ddp": self.exchange.bytes_of_all}

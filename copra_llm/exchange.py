@@ -8,13 +8,19 @@ in each backward pass to find out which parameters had no part in it; here the m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, distributed, nn
 
 from copra_llm.gates import LayerGates
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give every process the first one's tensors, bit for bit."""
+    for tensor in tensors:
+        distributed.broadcast(tensor, src=0)
 
 
 class GradientExchange:
@@ -36,12 +42,6 @@ class GradientExchange:
     def bytes_of_all(self) -> int:
         """What DDP's reducer would put into those of a step: each element of every gradient."""
         return sum(p.numel() * p.element_size() for p in self.trained)
-
-    def share_start(self) -> None:
-        """Give every process the trained parameters of the first one, bit for bit."""
-        if self.processes > 1:
-            for p in self.trained:
-                distributed.broadcast(p.data, src=0)
 
     def average(self, mask: Sequence[bool], flag: Tensor) -> Tensor:
         """Replace the gradients by their means over the processes.

@@ -10,11 +10,12 @@ import os
 from datetime import timedelta
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 from torch.accelerator import current_accelerator
 
 from copra_llm.backends import Backend
 from copra_llm.config import RunConfig
+from copra_llm.errors import InputError
 from copra_llm.processes import on_main
 from copra_llm.settings import TrainSettings
 from copra_llm.sharded import ShardedBase, check_fsdp, fsdp_plugin, load_on_all
@@ -42,8 +43,25 @@ def check_launch(accelerator: Accelerator, config: RunConfig) -> None:
         if not accelerator.deepspeed_plugin.zero3_init_flag:
             load_whole()
     elif _wants_fsdp(accelerator):
-        on_main(accelerator, lambda: check_fsdp(fsdp_plugin(accelerator), config.train))
+        on_main(accelerator, lambda: check_fsdp(fsdp_plugin(accelerator)))
         load_on_all()
+
+
+def check_same_base(accelerator: Accelerator, fingerprint: str) -> None:
+    """Refuse processes whose bases differ: machines may have unequal files under one name.
+
+    Raises:
+        InputError: naming the process; ToldElsewhere on the others.
+    """
+    found = gather_object([fingerprint])
+    odd = next((rank for rank, own in enumerate(found) if own != found[0]), None)
+
+    def check() -> None:
+        if odd is not None:
+            raise InputError(f"process {odd} has read a base with the hash {found[odd]}, but process 0 one with "
+                             f"{found[0]}; give all machines the same files")  # fmt: skip
+
+    on_main(accelerator, check)
 
 
 def backend_of(accelerator: Accelerator, settings: TrainSettings) -> Backend:

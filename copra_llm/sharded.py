@@ -21,7 +21,6 @@ from torch import nn
 
 from copra_llm.backends import Backend
 from copra_llm.errors import InputError
-from copra_llm.settings import TrainSettings
 
 T = TypeVar("T")
 
@@ -34,7 +33,7 @@ def fsdp_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin:
     return getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
 
 
-def check_fsdp(plugin: FullyShardedDataParallelPlugin, settings: TrainSettings) -> None:
+def check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
     """Refuse what a launch asks of FSDP and this loop cannot do.
 
     Raises:

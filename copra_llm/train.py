@@ -53,7 +53,7 @@ from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, Preempted
 from copra_llm.evaluate import evaluate, load_metrics
 from copra_llm.gates import LayerGates
-from copra_llm.launch import backend_of, check_launch, process_group
+from copra_llm.launch import backend_of, check_launch, check_same_base, process_group
 from copra_llm.liger import apply_liger, check_liger
 from copra_llm.masks import sample_mask
 from copra_llm.neftune import noisy_embeddings
@@ -115,6 +115,7 @@ def _train(accelerator: Accelerator, config: RunConfig, tasks: list[str], folder
         check_liger(accelerator.device)
     more_metrics = load_metrics(config.train.metrics)
     bench = build(config, tasks)
+    check_same_base(accelerator, bench.base.fingerprint)
     if config.train.gradient_checkpointing:
         checkpoint_activations(bench.base.model)
     if config.train.use_liger_kernel:

@@ -12,6 +12,7 @@ Source: Rajbhandari et al., ZeRO (arXiv 1910.02054).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ from torch.optim import AdamW, Optimizer
 from copra_llm.backends import Backend
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
+from copra_llm.exchange import share
 from copra_llm.gates import LayerGates
 from copra_llm.optimizer import FiniteWatch
 from copra_llm.settings import TrainSettings
@@ -70,7 +72,8 @@ class Zero(Backend):
     def prepare(self, classifier: nn.Module, optimizer: Optimizer, gates: LayerGates) -> nn.Module:
         self.trained = [p for p in classifier.parameters() if p.requires_grad]
         # Where the engine casts the model, its master copy would begin with the rounded adapter.
-        start = [p.detach().clone() for p in self.trained]
+        start = [p.detach().to(self.accelerator.device, copy=True) for p in self.trained]
+        share(start)
         self.plain, self.optimizer = optimizer, GroupedAdamW(layer_groups(optimizer, gates), fused=True)
         self.group_of = {id(p): i for i, g in enumerate(self.optimizer.param_groups) for p in g["params"]}
         self._reached = torch.zeros(len(self.optimizer.param_groups), device=self.accelerator.device)
@@ -94,8 +97,8 @@ class Zero(Backend):
 
     def step(self, mask: Sequence[bool], watch: FiniteWatch) -> Tensor:
         told = self.accelerator.reduce(torch.cat([self._reached, watch.bad_losses.reshape(1)]), reduction="sum")
-        *reached, bad_losses = told.unbind()
-        for group, processes in zip(self.optimizer.param_groups, reached, strict=True):
+        bad_losses = told[-1]
+        for group, processes in zip(self.optimizer.param_groups, told[:-1].tolist(), strict=True):
             group["reached"] = bool(processes)
             group["lr"] = self.plain.param_groups[group["origin"]]["lr"]
         self.optimizer.found_inf = (bad_losses > 0).float()
@@ -104,8 +107,9 @@ class Zero(Backend):
         if self.stage3:
             # It keeps the gradients of a layer that is inactive next, and would count them in the norm.
             self.zero.grad_partitions_flat_buffer.zero_()
-        # A gradient that is not finite makes the engine skip the step, on all processes.
-        norm = torch.tensor(float(self.engine.get_global_grad_norm()), device=self.accelerator.device)
+        # A gradient that is not finite makes the engine skip the step, on all processes; its norm is an older one then.
+        norm = math.inf if self.zero.overflow else float(self.engine.get_global_grad_norm())
+        norm = torch.tensor(norm, device=self.accelerator.device)
         watch.verdict(bad_losses, norm)
         return norm
 

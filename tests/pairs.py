@@ -38,9 +38,7 @@ def environment(rank: int, port: int, backend: str) -> dict[str, str]:
             **BACKENDS[backend]}  # fmt: skip
 
 
-def run_rank(
-    rank: int, port: int, argv: list[str], log: Path, prepare: Callable[[int], None] | None, backend: str
-) -> None:
+def run_rank(rank: int, port: int, argv: list, log: Path, prepare: Callable[[int], None] | None, backend: str) -> None:
     """The recipe as one of the two processes; what it prints goes into its log."""
     os.environ.update(environment(rank, port, backend))
     with open(log, "w", encoding="utf-8") as f:
@@ -48,15 +46,26 @@ def run_rank(
         os.dup2(f.fileno(), 2)
     if prepare is not None:
         prepare(rank)
+    if isinstance(argv[0], list):
+        sys.exit(run_recipes(argv))
     sys.argv = [str(RECIPE), *argv]
     runpy.run_path(str(RECIPE), run_name="__main__")
+
+
+def run_recipes(argvs: list[list[str]]) -> int:
+    """Recipes one after the other in this process, until one fails; conversations have a recipe of their own."""
+    for argv in argvs:
+        recipe = RECIPE.with_name("train_instruct.py") if "--dataset_name" in argv else RECIPE
+        if code := runpy.run_path(str(recipe))["main"](argv):
+            return code
+    return 0
 
 
 class Pair:
     """The recipe on two processes, forked from a server that has imported the libraries.
 
     Args:
-        argv: its command line.
+        argv: its command line; or several, one after the other in the same processes.
         logs: folder for what they print.
         prepare: called in each process with its rank; from a module that can be imported.
         backend: one of `BACKENDS`.
@@ -65,7 +74,7 @@ class Pair:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["copra_llm.train"])
 
-    def __init__(self, argv: list[str], logs: Path, prepare: Callable[[int], None] | None = None, backend: str = "ddp"):
+    def __init__(self, argv: list, logs: Path, prepare: Callable[[int], None] | None = None, backend: str = "ddp"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
