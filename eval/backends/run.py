@@ -106,9 +106,15 @@ def measure(plan: BackendPlan, config: RunConfig) -> dict[str, Any]:
     record = output / plan.tasks[0] / "result.json"
     whole = not any(codes) and len(ranks) == plan.processes and record.is_file()
     if not whole or read_result(record).environment["world_size"] != plan.processes:
-        return {"starts": 0.0, "said": said[-2000:]}
+        return {"starts": 0.0, "said": reason(said)}
     return {"starts": 1.0, "adapter": record.parent / "adapter", "environment": read_result(record).environment,
             "seconds": read_result(record).seconds, **steps_of(ranks)}  # fmt: skip
+
+
+def reason(said: str) -> str:
+    """Why a launch failed: the sentences of its processes, which the launcher's own lines follow, or all that is last."""
+    sentences = [line for line in said.splitlines() if line.startswith("error: ")]
+    return "\n".join(dict.fromkeys(sentences)) or said[-2000:]
 
 
 def steps_of(ranks: list[dict[str, Any]]) -> dict[str, float]:
@@ -179,7 +185,7 @@ def run(
 
     def done(name: str, method: str) -> tuple[RunConfig, dict[str, Any]]:
         plan = plans[name]
-        model = work / plan.model
+        model = work / "models" / Path(plan.model).name
         if not model.is_dir():
             without_dropout(plan.model, model)
         config = plan.run_config(method, model, data_root, work / name / method)
