@@ -112,7 +112,7 @@ def measure(plan: BackendPlan, config: RunConfig) -> dict[str, Any]:
 
 
 def reason(said: str) -> str:
-    """Why a launch failed: the sentences of its processes, which the launcher's own lines follow, or all that is last."""
+    """Why a launch failed: its processes' sentences, which the launcher's own lines follow, or what was said last."""
     sentences = [line for line in said.splitlines() if line.startswith("error: ")]
     return "\n".join(dict.fromkeys(sentences)) or said[-2000:]
 
