@@ -188,6 +188,7 @@ def environment(**more: Any) -> dict[str, Any]:
         "versions": versions,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "git_commit": _git_commit(),
+        "backend": _backend(),
         **more,
     }
 
@@ -199,6 +200,16 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _backend() -> str:
+    """What the process was launched with, as `accelerate launch` tells it: "ZeRO-2", "FSDP2", "DDP", "one process"."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return "one process"
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return f"FSDP{os.environ.get('FSDP_VERSION', '1')}" if sharded else "DDP"
 
 
 def _git_commit() -> str | None:
