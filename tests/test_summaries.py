@@ -172,7 +172,7 @@ def test_the_table_of_backends_follows_the_plan():
         ["ZeRO-2", "CopRA", "yes", "yes", "3e-06", "446 kB", "0.50", "1.04", "870 MB"],
         ["ZeRO-3", "LoRA", "no", *["–"] * 6],
         ["one GPU", "–", "needs a GPU", *["–"] * 6],
-        ["FSDP2", "LoRA", "yes", "no", "2e-04", "446 kB", "0.50", "1.04", "870 MB"],
+        ["FSDP2", "LoRA", "yes", "no", "2e-02", "446 kB", "0.50", "1.04", "870 MB"],
     ]
     assert "| ZeRO-2 | – | not run yet |" in backends_table(records[1:], plan)
     assert backends_table([], plan) == ""
