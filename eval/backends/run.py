@@ -3,8 +3,8 @@
     python eval/backends/run.py [--backends ddp zero2] [--methods lora copra]
 
 Each entry of plan.yaml is started by `accelerate launch` with its configuration, on CPUs. Its adapter is compared with
-that of one process on the same examples, and its step with that one's: its reference, which is run anew at each call,
-before the others. What needs more GPUs than there are is left out.
+that of one process on the same examples, its reference, which is run anew at each call, before the others. What needs
+more GPUs than there are is left out.
 """
 
 from __future__ import annotations
@@ -155,8 +155,6 @@ def record_of(
     seconds = metrics.pop("seconds", 0.0)
     if seen["starts"]:
         metrics["largest_difference"] = largest_difference(seen["adapter"], reference["adapter"])
-        for key in ("seconds_per_step", "cpu_seconds_per_step"):
-            metrics[f"ratio/{key}"] = seen[key] / reference[key]
     if plan.needs_gpu:
         metrics.pop("bytes_per_step", None)  # between GPUs they pass no network interface
     settings = config.flat() | {"model_name_or_path": plan.model, "output_dir": None, "data_root": None}
