@@ -162,7 +162,8 @@ def record_of(
                 "processes": plan.processes, "nodes": plan.nodes, "reference": plan.reference}  # fmt: skip
     return Result("backends", settings | launched, metrics, seconds, int(metrics.get("peak_memory_bytes", 0)),
                   config.train.max_steps, config.train.max_steps * plan.batch,
-                  {} if seen["starts"] else {"said": seen["said"]}, seen.get("environment", {}))  # fmt: skip
+                  {} if seen["starts"] else {"said": seen["said"]},
+                  seen.get("environment", {}) | {"base_model": plan.model})  # fmt: skip
 
 
 def run(
