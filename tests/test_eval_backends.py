@@ -41,8 +41,18 @@ def test_an_entry_is_compared_with_the_same_run_on_one_process(name, tmp_path):
 def test_why_a_launch_failed():
     """The sentence, once for all processes; without one, the end of what was printed."""
     said = "a warning\nerror: no\nerror: no\nTraceback of the launcher"
-    assert backends.reason(said) == "error: no"
-    assert backends.reason("x" + "y" * 2000) == "y" * 2000
+    assert backends.why(said) == "error: no"
+    assert backends.why("x" + "y" * 2000) == "y" * 2000
+
+
+def test_what_cannot_run_here_is_left_out(monkeypatch):
+    """With the reason."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert backends.left_out(PLANS["gpu-ddp"]) == "it needs 2 GPUs, and there are 1"
+    assert backends.left_out(PLANS["gpu"]) is None
+    monkeypatch.setattr(multi_node, "why_not", lambda: "no nodes")
+    assert backends.left_out(PLANS["ddp-static"]) == "no nodes"
+    assert backends.left_out(PLANS["ddp"]) is None
 
 
 def rank(network: int, starts: list[float], cpu: float, sent: int, peak: int) -> dict:
