@@ -13,11 +13,11 @@ import torch
 from conftest import ROOT
 from examples import tiny_adapter
 from safetensors.torch import load_file, save_file
+from test_processes import ROUNDING
 from transformers import AutoConfig
 
 from copra_llm.protocols.plans import read_plans
 from copra_llm.results import read_result
-from copra_llm.summaries.backends import SAME
 
 sys.path.insert(0, str(ROOT / "eval" / "backends"))
 multi_node = importlib.import_module("multi_node")
@@ -41,8 +41,18 @@ def test_an_entry_is_compared_with_the_same_run_on_one_process(name, tmp_path):
 def test_why_a_launch_failed():
     """The sentence, once for all processes; without one, the end of what was printed."""
     said = "a warning\nerror: no\nerror: no\nTraceback of the launcher"
-    assert backends.reason(said) == "error: no"
-    assert backends.reason("x" + "y" * 2000) == "y" * 2000
+    assert backends.why(said) == "error: no"
+    assert backends.why("x" + "y" * 2000) == "y" * 2000
+
+
+def test_what_cannot_run_here_is_left_out(monkeypatch):
+    """With the reason."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert backends.left_out(PLANS["gpu-ddp"]) == "it needs 2 GPUs, and there are 1"
+    assert backends.left_out(PLANS["gpu"]) is None
+    monkeypatch.setattr(multi_node, "why_not", lambda: "no nodes")
+    assert backends.left_out(PLANS["ddp-static"]) == "no nodes"
+    assert backends.left_out(PLANS["ddp"]) is None
 
 
 def rank(network: int, starts: list[float], cpu: float, sent: int, peak: int) -> dict:
@@ -114,7 +124,8 @@ def test_a_plan_is_run(tiny_llama, tmp_path):
     records = {path.stem: read_result(path) for path in (tmp_path / "results").iterdir()}
     assert sorted(records) == ["ddp-lora", "one-lora", "refused-lora"]
     ddp, refused = records["ddp-lora"], records["refused-lora"]
-    assert ddp.metrics["starts"] == 1 and ddp.metrics["largest_difference"] < SAME
+    # DDP adds as one process does.
+    assert ddp.metrics["starts"] == 1 and ddp.metrics["largest_difference"] < ROUNDING
     assert (ddp.environment["world_size"], ddp.environment["backend"]) == (2, "DDP")
     (adapter,) = (tmp_path / "work").glob("ddp/*/*/adapter/adapter_model.safetensors")
     gradients = 2 * sum(tensor.nbytes for tensor in load_file(adapter).values())
