@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_processes import ROUNDING
 from transformers import AutoConfig
 
+from copra_llm.adapters import load_adapter_weights
 from copra_llm.protocols.plans import read_plans
 from copra_llm.results import read_result
 
@@ -71,17 +73,21 @@ def test_what_a_step_takes():
     assert backends.steps_of([one, rank(8, starts, cpu=0.5, sent=30, peak=6)])["bytes_per_step"] == 130.0
 
 
-def test_the_largest_difference_is_relative_and_of_the_worst_module(tiny_llama, tmp_path):
-    """One module's B is enlarged by a part in ten thousand."""
+def test_differences_are_relative(tiny_llama, tmp_path):
+    """One module's B is enlarged by a part in ten thousand: so far is that module, and all together less."""
     first = tiny_adapter(tiny_llama, tmp_path / "first", seed=0)
     second = tiny_adapter(tiny_llama, tmp_path / "second", seed=0)
-    assert backends.largest_difference(second, first) == 0.0
+    assert backends.differences(second, first) == {"difference": 0.0, "largest_difference": 0.0}
     tensors = load_file(second / "adapter_model.safetensors")
     name = next(name for name in tensors if "lora_B" in name)
     tensors[name] = tensors[name] * (1 + 2**-13)
     save_file(tensors, second / "adapter_model.safetensors", {"format": "pt"})
     rounding = 2 * torch.finfo(torch.float32).eps
-    assert backends.largest_difference(second, first) == pytest.approx(2**-13, abs=rounding)
+    found = backends.differences(second, first)
+    assert found["largest_difference"] == pytest.approx(2**-13, abs=rounding)
+    norms = {n: float(f.delta_weight().norm()) for n, f in load_adapter_weights(first).factors.items()}
+    share = norms[next(n for n in norms if n in name)] / math.hypot(*norms.values())
+    assert 0.1 < share < 0.9 and found["difference"] == pytest.approx(2**-13 * share, abs=rounding)
 
 
 def test_dropout_is_off_and_nothing_else_changes(tiny_bert, tmp_path):
@@ -125,7 +131,7 @@ def test_a_plan_is_run(tiny_llama, tmp_path):
     assert sorted(records) == ["ddp-lora", "one-lora", "refused-lora"]
     ddp, refused = records["ddp-lora"], records["refused-lora"]
     # DDP adds as one process does.
-    assert ddp.metrics["starts"] == 1 and ddp.metrics["largest_difference"] < ROUNDING
+    assert ddp.metrics["starts"] == 1 and ddp.metrics["difference"] < ROUNDING
     assert (ddp.environment["world_size"], ddp.environment["backend"]) == (2, "DDP")
     (adapter,) = (tmp_path / "work").glob("ddp/*/*/adapter/adapter_model.safetensors")
     gradients = 2 * sum(tensor.nbytes for tensor in load_file(adapter).values())

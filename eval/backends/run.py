@@ -10,6 +10,7 @@ more GPUs than there are, or two nodes where none can be made, is left out.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -139,13 +140,17 @@ def steps_of(ranks: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def largest_difference(adapter: Path, reference: Path) -> float:
-    """Over the modules: the distance of Delta W to the reference's, relative to its norm."""
+def differences(adapter: Path, reference: Path) -> dict[str, float]:
+    """Distances of Delta W to the reference's, relative to its norm: of all modules together, and the largest one's."""
     ours, theirs = load_adapter_weights(adapter).factors, load_adapter_weights(reference).factors
     if ours.keys() != theirs.keys():
-        return float("inf")
-    pairs = [(ours[name].delta_weight(), theirs[name].delta_weight()) for name in theirs]
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+        return {"difference": float("inf"), "largest_difference": float("inf")}
+    apart = [float((ours[name].delta_weight() - theirs[name].delta_weight()).norm()) for name in theirs]
+    norms = [float(factors.delta_weight().norm()) for factors in theirs.values()]
+    return {
+        "difference": math.hypot(*apart) / math.hypot(*norms),
+        "largest_difference": max(a / norm for a, norm in zip(apart, norms, strict=True)),
+    }
 
 
 def left_out(plan: BackendPlan) -> str | None:
@@ -162,7 +167,7 @@ def record_of(
     metrics = {key: value for key, value in seen.items() if isinstance(value, float | int)}
     seconds = metrics.pop("seconds", 0.0)
     if seen["starts"]:
-        metrics["largest_difference"] = largest_difference(seen["adapter"], reference["adapter"])
+        metrics |= differences(seen["adapter"], reference["adapter"])
     # Between GPUs bytes pass no network interface; where a run has no network of its own, others' are counted too.
     if plan.needs_gpu or multi_node.why_not() is not None:
         metrics.pop("bytes_per_step", None)
