@@ -32,9 +32,11 @@ def backends_table(results: Iterable[Result], plan: Mapping[str, Mapping[str, An
         if not own:
             rows.append((entry["label"], None, "needs a GPU" if entry.get("needs_gpu") else "not run yet",
                          *[None] * 7))  # fmt: skip
-    columns = [("backend",), ("method",), ("starts here",), ("same adapter",), ("difference",),
-               ("of one module, at most",), ("sent a step",), ("a step's time, × one process", ".2f"), ("its CPU seconds, × one process", ".2f"),
-               ("peak memory",)]  # fmt: skip
+    columns = [
+        ("backend",), ("method",), ("starts here",), ("same adapter",), ("difference",), ("of one module, at most",),
+        ("sent a step",), ("a step's time, × one process", ".2f"), ("its CPU seconds, × one process", ".2f"),
+        ("peak memory",),
+    ]  # fmt: skip
     return markdown_table(columns, rows) if found else ""
 
 
