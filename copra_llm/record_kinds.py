@@ -75,6 +75,10 @@ def _is_rectangle(value: Any) -> bool:
     return _NUMBERS(value) or (_list_of(_NUMBERS)(value) and len({len(row) for row in value}) <= 1)
 
 
+def _or_null(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or good(value)
+
+
 def _has(**kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """A table with these entries, each of its kind."""
     return lambda value: isinstance(value, dict) and all(good(value.get(key)) for key, good in kinds.items())
@@ -116,10 +120,11 @@ _DATA = {
     **dict.fromkeys(("v_empty", "v_full", "efficiency_gap"), _is_finite),
     "skipped_steps": _is_count,
     "evaluations": lambda value: _is_count(value) or _is_table(value),
-    "points": _list_of(_has(method=_is_text, learning_rate=_is_finite)),
+    # Adapters that came without their run's record have neither.
+    "points": _list_of(_has(method=_or_null(_is_text), learning_rate=_is_value)),
     "early_distance": _list_of(_has(method=_is_text, learning_rate=_is_finite, distance=_is_finite)),
     "rows": _list_of(_has(kind=_is_text, name=_is_text, density=_is_finite, accuracy=_is_finite, loss=_is_value,
-                          parameters=_is_count, bytes=_is_finite, correct=lambda v: v is None or _is_bits(v))),
+                          parameters=_is_count, bytes=_is_finite, correct=_or_null(_is_bits))),
     "rounds": _list_of(_has(round=_is_count, merged=_has(accuracy=_is_finite, loss=_is_value))),
     "corners": lambda value: _list_of(_has(x=_is_finite, y=_is_finite))(value) and len(value) == 3,
     "seconds_per_step": lambda value: _is_table(value) and all(map(_list_of(_is_finite), value.values())),

@@ -170,7 +170,7 @@ def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="split_zhou_OxfordPets.json does not exist"):
         read_images(task, tmp_path)
     (tmp_path / "oxford_pets/split_zhou_OxfordPets.json").write_text("{")
-    with pytest.raises(InputError, match="split_zhou_OxfordPets.json is not JSON"):
+    with pytest.raises(InputError, match="split_zhou_OxfordPets.json, line 1 is not JSON"):
         read_images(task, tmp_path)
     for root in (SAMPLE, HUB):
         with pytest.raises(InputError, match=f"oxford_pets is read from a folder, not from the {root}"):
