@@ -91,8 +91,8 @@ class Base:
     """SHA-256 of the weights, first 16 hex digits."""
 
 
-def resolve(name: str) -> Source:
-    """Find out what a model name means.
+def resolve(name: str, weights: bool = True) -> Source:
+    """Find out what a model name means; `weights`: whether a folder must hold any.
 
     Raises:
         InputError: for a folder without a config or weights, a missing file, or a package not installed.
@@ -103,7 +103,7 @@ def resolve(name: str) -> Source:
     folder = Path(source.load_from)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{name} has no config.json; give a folder that save_pretrained has written")
-    if folder.is_dir() and not _weight_files(folder):
+    if weights and folder.is_dir() and not _weight_files(folder):
         raise InputError(f"{name} holds no weights (*.safetensors or *.bin); give a folder with them")
     return source
 
@@ -177,7 +177,7 @@ def base_config(settings: ModelSettings) -> PreTrainedConfig:
     Raises:
         InputError: if the name means nothing, or the Hub cannot be reached.
     """
-    return _read_config(resolve(settings.model_name_or_path), settings)
+    return _read_config(resolve(settings.model_name_or_path, weights=False), settings)
 
 
 def _read_config(source: Source, settings: ModelSettings) -> PreTrainedConfig:
@@ -200,7 +200,7 @@ def load_base(settings: ModelSettings) -> Base:
         options["attn_implementation"] = settings.attn_implementation
     options |= quantisation(settings, dtype)
     with _readable(settings.model_name_or_path), quiet_loading():
-        model = _AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **_extra(kind, config), **options)
+        model = AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **extra_arguments(kind, config), **options)
         tokenizer = AutoTokenizer.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -218,7 +218,8 @@ def _readable(name: str):
         raise InputError(f'the model "{name}" could not be loaded: {first}') from None
 
 
-_AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel, "dual": AutoModel}
+AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel, "dual": AutoModel}
+"""What transformers makes of each kind."""
 
 
 def kind_of(config) -> str:
@@ -232,7 +233,8 @@ def kind_of(config) -> str:
     return "causal" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else "encoder"
 
 
-def _extra(kind: str, config) -> dict:
+def extra_arguments(kind: str, config) -> dict:
+    """What `AUTO` is told besides."""
     # Encoders are read through their mean-pooled tokens: a pooler would be dead weight.
     return {"add_pooling_layer": False} if kind == "encoder" and config.model_type in ("bert", "roberta") else {}
 

@@ -24,7 +24,7 @@ ROWS = [
     + ["optimizer", "best", "samples", "liger", "processes", "neftune"]
     + ["prefixes", "coalitions", "ledger", "generate"],
     ["figures"],
-    ["protocols", "report", "summaries", "model_card", "publish"],
+    ["protocols", "report", "summaries", "model_card", "publish", "plan"],
     ["cli"],
 ]
 """Modules and subpackages of `copra_llm/`; each imports from rows above and, without a cycle, from its own."""

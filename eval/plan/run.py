@@ -1,0 +1,163 @@
+"""Is what `copra plan` says so? Predicted against measured, on this machine's CPU.
+
+    python eval/plan/run.py [--models minilm smollm2]       (needs $COPRA_DATA with mtl15/imdb and instruct/alpaca)
+
+Every run is a process of its own with one thread: the peak of its resident memory above what it was before the model
+was loaded, parameters, files, and the user-mode CPU seconds of its steps after the first (the machine may be shared).
+The C library is told to give large blocks back when they are freed (MALLOC_MMAP_THRESHOLD_), since it otherwise keeps
+them, and resident memory would say how it fills its heap. Rows are full: texts longer than --max_length, conversations
+packed.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+from copra_llm.errors import InputError, exit_on_input_error
+from copra_llm.results import Result, environment, write_result
+
+HERE = Path(__file__).parent
+BLOCK = 65536
+"""Bytes from which on freed memory goes back to the system."""
+
+
+def settings(plan: dict, model: str, name: str) -> dict:
+    """One run's settings, by the flags' names."""
+    own = plan["common"] | {"model_name_or_path": model} | plan[model]["runs"][name]
+    data = Path(os.environ.get("COPRA_DATA", HERE.parents[1] / "data"))
+    if "task" in plan[model]:
+        return own | {"tasks": [plan[model]["task"]], "data_root": str(data / "mtl15"), "max_train_samples": 400}
+    path = data / "instruct" / plan[model]["conversations"] / "train.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path} is not there; set COPRA_DATA to the folder that holds instruct")
+    lines = path.read_text(encoding="utf-8").splitlines()[:400]
+    few = Path(tempfile.gettempdir()) / f"plan-{os.getpid()}.jsonl"
+    few.write_text("\n".join(lines), encoding="utf-8")
+    return own | {"dataset_name": [str(few)], "eval_dataset_name": [str(few)], "tasks": ["instruct"], "packing": True}
+
+
+def resident(peak: bool = False) -> int:
+    """Bytes of this process in memory, now or at most since the count was last cleared (Linux)."""
+    key = "VmHWM" if peak else "VmRSS"
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def measured(values: dict) -> dict:
+    """Train, in this process."""
+    from accelerate import Accelerator
+
+    import copra_llm.train as train
+    from copra_llm.build import build
+    from copra_llm.config import RunConfig
+
+    config = RunConfig().replace(**values)
+    Accelerator()
+    before = resident()
+    bench = build(config, config.data.tasks, splits=("train",))
+    if config.train.gradient_checkpointing:
+        train.checkpoint_activations(bench.base.model)
+    lengths = [len(row) for split in bench.splits["train"].values() for row in split.encoded]
+    marks: list[float] = []
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading reads files, which training does not
+
+    class Bar:
+        """Stands where the progress bar does: the loop tells it of every step."""
+
+        def update(self):
+            marks.append(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+
+        def set_postfix(self, **shown):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+    train._bar = lambda *args: Bar()
+    folder = Path(config.train.output_dir)
+    train.fit(Accelerator(), bench, config, folder)
+    peak = resident(peak=True)
+    checkpoint = folder / f"checkpoint-{config.train.max_steps}"
+    return {
+        "trained_parameters": sum(p.numel() for p in bench.classifier.parameters() if p.requires_grad),
+        "adapter_file_bytes": (checkpoint / "adapter_model.safetensors").stat().st_size,
+        "checkpoint_bytes": sum(f.stat().st_size for f in checkpoint.iterdir()),
+        "memory": peak - before,
+        "step_seconds": statistics.median(b - a for a, b in zip(marks, marks[1:], strict=False)),
+        "rows": len(lengths),
+    }
+
+
+def predicted(values: dict) -> dict:
+    """What the plan says."""
+    from copra_llm.config import RunConfig
+    from copra_llm.plan.cluster import ClusterSettings
+    from copra_llm.plan.estimate import make_plan
+
+    plan = make_plan(RunConfig().replace(**values), ClusterSettings(device="cpu"))
+    (backend,) = plan.backends
+    return {
+        "trained_parameters": plan.sizes.trained_params,
+        "adapter_file_bytes": plan.sizes.adapter_file,
+        "checkpoint_bytes": plan.checkpoint,
+        "memory": backend.memory.total,
+        "flops": backend.flops,
+    }
+
+
+def in_a_process(what: str, values: dict) -> dict:
+    """`measured` or `predicted`, alone in a process."""
+    own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+           "MALLOC_MMAP_THRESHOLD_": str(BLOCK)}  # fmt: skip
+    command = [sys.executable, __file__, "--worker", what, "--values", json.dumps(values)]
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"the run stopped with: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@exit_on_input_error
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["minilm", "smollm2"])
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--worker", choices=("measured", "predicted"), help=argparse.SUPPRESS)
+    parser.add_argument("--values", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps({"measured": measured, "predicted": predicted}[args.worker](args.values)))
+        return
+    plan = yaml.safe_load((HERE / "plan.yaml").read_text(encoding="utf-8"))
+    for model in args.models:
+        started, metrics, speed = time.time(), {}, None
+        for name in plan[model]["runs"]:
+            values = settings(plan, model, name)
+            with tempfile.TemporaryDirectory() as folder:
+                found = in_a_process("measured", values | {"output_dir": folder})
+            said = in_a_process("predicted", values)
+            speed = speed or said["flops"] / found["step_seconds"]
+            said["step_seconds"] = said["flops"] / speed
+            metrics |= {f"{name}/measured/{key}": value for key, value in found.items()}
+            metrics |= {f"{name}/predicted/{key}": value for key, value in said.items()}
+            print(f"{model}, {name}: memory {said['memory'] / 1e6:.0f} MB said, {found['memory'] / 1e6:.0f} found; a step "
+                  f"{said['step_seconds']:.2f} s said, {found['step_seconds']:.2f} found", flush=True)  # fmt: skip
+            Path(values["dataset_name"][0]).unlink(missing_ok=True) if "dataset_name" in values else None
+        config = {"model_name_or_path": model, **plan["common"], "runs": plan[model]["runs"]}
+        write_result(args.results / f"{model}.json", Result("plan_check", config, metrics, time.time() - started,
+                     steps=plan["common"]["max_steps"], environment=environment(threads=1)))  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
