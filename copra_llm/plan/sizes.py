@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from copra_llm.errors import InputError
 from copra_llm.gates import base_name, group_players
+from copra_llm.gguf import quiet_loading
 from copra_llm.models import AUTO, Base, Source, add_adapter, base_config, dtype_of, extra_arguments, kind_of
 from copra_llm.plan.cluster import ShapeSettings
 from copra_llm.settings import LoraSettings, ModelSettings, ScheduleSettings
@@ -96,8 +98,10 @@ def empty_model(
         InputError: for targets or blocks that the model lacks.
     """
     kind, options = kind_of(config), {"attn_implementation": attention} if attention else {}
-    with torch.device("meta"):
-        # Accelerate's hooks of other models must not be shared: a configuration is changed by the model made of it.
+    with torch.device("meta"), quiet_loading(), warnings.catch_warnings():
+        # PEFT asks transformers for a property by its old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        # A configuration is changed by the model that is made of it.
         own = type(config).from_dict(config.to_dict())
         own.architectures = config.architectures
         model = AUTO[kind].from_config(own, dtype=dtype_of(dtype), **extra_arguments(kind, own), **options)

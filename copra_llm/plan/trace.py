@@ -38,6 +38,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from copra_llm.classifiers import mean_pool
 from copra_llm.errors import InputError
 from copra_llm.gates import LayerGates
+from copra_llm.gguf import quiet_loading
 from copra_llm.linear_loss import token_losses
 from copra_llm.models import Base, Source
 from copra_llm.plan.sizes import empty_model
@@ -175,7 +176,7 @@ def _run(config, dtype: str, lora: LoraSettings, attention: str | None, batch: B
     mode = FakeTensorMode()
     _make_fake(model, mode)
     mask = [not first_only or i == 0 for i in range(gates.num_layers)]
-    with mode, gates.applied(mask):
+    with mode, gates.applied(mask), quiet_loading():
         for p in model.parameters():
             # Gradients count apart: they are there from the start.
             p.grad = torch.zeros_like(p) if p.requires_grad else None

@@ -151,9 +151,13 @@ def main() -> None:
             said["step_seconds"] = said["flops"] / speed
             metrics |= {f"{name}/measured/{key}": value for key, value in found.items()}
             metrics |= {f"{name}/predicted/{key}": value for key, value in said.items()}
-            print(f"{model}, {name}: memory {said['memory'] / 1e6:.0f} MB said, {found['memory'] / 1e6:.0f} found; a step "
-                  f"{said['step_seconds']:.2f} s said, {found['step_seconds']:.2f} found", flush=True)  # fmt: skip
-            Path(values["dataset_name"][0]).unlink(missing_ok=True) if "dataset_name" in values else None
+            print(
+                f"{model}, {name}: memory {said['memory'] / 1e6:.0f} MB said, {found['memory'] / 1e6:.0f} found; "
+                f"a step {said['step_seconds']:.2f} s said, {found['step_seconds']:.2f} found",
+                flush=True,
+            )
+            for file in values.get("dataset_name", []):
+                Path(file).unlink(missing_ok=True)
         config = {"model_name_or_path": model, **plan["common"], "runs": plan[model]["runs"]}
         write_result(args.results / f"{model}.json", Result("plan_check", config, metrics, time.time() - started,
                      steps=plan["common"]["max_steps"], environment=environment(threads=1)))  # fmt: skip
