@@ -136,7 +136,7 @@ def test_operations_of_a_step_by_hand(tiny_llama):
     adapter = sizes_of(ModelSettings(str(tiny_llama)), ALL).trained_params
     assert work.forward_lora == 2 * adapter * tokens
     assert work.backward_lora == 4 * adapter * tokens
-    # Besides: every frozen product has one of its size backward, and attention 2.5. But the first block's input needs no
+    # Every frozen product has one of its size backward, attention 2.5. But the first block's input needs no
     # gradient, so its q, k and v give it none, nor do their factors A.
     missing = 3 * (2 * 32 * 32 + 2 * ALL.lora_r * 32) * tokens
     assert work.backward_blocks == 2 * linear * tokens - missing + 2.5 * attention
