@@ -307,6 +307,16 @@ def test_epochs_become_steps(tiny_bert, capsys):
     assert "| steps, tokens in all | 25, 3,200 |" in capsys.readouterr().out
 
 
+def test_some_blocks_alone(tiny_llama, capsys):
+    """Two of four blocks: half of the parameters."""
+    flags = ["--model_name_or_path", tiny_llama, "--max_steps", 4, "--max_length", 16, "--method", "lora"]
+    found = []
+    for more in ([], ["--lora_layers_to_transform", 0, 2]):
+        assert plan(*flags, *more) == 0
+        found.append(int(re.search(r"trained parameters \| ([\d,]+)", capsys.readouterr().out)[1].replace(",", "")))
+    assert found[1] * 2 == found[0]
+
+
 SIZE = ["--hidden_size", "32", "--intermediate_size", "64", "--num_hidden_layers", "2", "--num_attention_heads", "2",
         "--vocab_size", "50"]  # fmt: skip
 
@@ -378,3 +388,19 @@ def test_saved_adapters_agree_with_their_own_header(tmp_path):
     described = {name: ("F32", tuple(t.shape), t.numel() * 4) for name, t in tensors.items()}
     assert safetensors_bytes(described, {"format": "pt"}) == (tmp_path / "x.safetensors").stat().st_size
     assert set(load_file(tmp_path / "x.safetensors")) == set(tensors)
+
+
+def test_the_table_of_checks_says_how_far_off_a_plan_was():
+    """Errors in percent of what was measured; the run that gave the speed has none."""
+    from copra_llm.results import Result
+    from copra_llm.summaries.plan import plan_table
+
+    figures = {"trained_parameters": 10.0, "adapter_file_bytes": 50.0, "checkpoint_bytes": 100.0, "memory": 2e6}
+    found = {name: {**figures, "memory": 4e6, "step_seconds": 2.0} for name in ("a", "b")}
+    said = {"a": {**figures, "step_seconds": 2.0}, "b": {**figures, "trained_parameters": 11.0, "step_seconds": 3.0}}
+    metrics = {f"{n}/measured/{k}": v for n in found for k, v in found[n].items()}
+    metrics |= {f"{n}/predicted/{k}": v for n in said for k, v in said[n].items()}
+    lines = plan_table([Result("plan_check", {"model_name_or_path": "m", "runs": {"a": {}, "b": {}}}, metrics)])
+    first, second = lines.splitlines()[2:]
+    assert first == ("| m | a | 10 | both exact | +0.0 % | 2 MB | 4 MB | -50.0 % | 2.00 s | 2.00 s | calibrated |")
+    assert second == "| m | b | 10 | no | +0.0 % | 2 MB | 4 MB | -50.0 % | 3.00 s | 2.00 s | +50.0 % |"

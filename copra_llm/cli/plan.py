@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import get_args, get_origin, get_type_hints
 
 from copra_llm.errors import InputError
 from copra_llm.plan.cluster import ClusterSettings, ShapeSettings
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(config, cluster, shape)
     print(tables(plan), end="")
     if args.json is not None:
-        settings = own | vars(cluster) | ({k: v for k, v in vars(shape).items()} if shape.given else {})
+        settings = own | vars(cluster) | (vars(shape) if shape.given else {})
         write_result(Path(args.json), record(plan, settings))
     return 0
 
@@ -69,13 +70,13 @@ def run(args: argparse.Namespace) -> int:
 def _add(parser: argparse.ArgumentParser, setting: dataclasses.Field, hint) -> None:
     flags = list(dict.fromkeys((f"--{setting.name}", f"--{setting.name.replace('_', '-')}")))
     options: dict = {"help": setting.metadata["help"].replace("%", "%%"), "default": None}
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
-    if kinds == [bool]:
+    kind = next(k for k in get_args(hint) if k is not NoneType) if isinstance(hint, UnionType) else hint
+    if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif setting.default_factory is not dataclasses.MISSING:
-        options |= {"nargs": "+", "type": kinds[0]}
+    elif get_origin(kind) is list:
+        options |= {"nargs": "+", "type": get_args(kind)[0]}
     else:
-        options["type"] = kinds[0]
+        options["type"] = kind
     parser.add_argument(*flags, **options)
 
 

@@ -141,7 +141,7 @@ def main() -> None:
         return
     plan = yaml.safe_load((HERE / "plan.yaml").read_text(encoding="utf-8"))
     for model in args.models:
-        started, metrics, speed = time.time(), {}, None
+        started, metrics, done, speed = time.time(), {}, {}, None
         for name in plan[model]["runs"]:
             values = settings(plan, model, name)
             with tempfile.TemporaryDirectory() as folder:
@@ -158,9 +158,11 @@ def main() -> None:
             )
             for file in values.get("dataset_name", []):
                 Path(file).unlink(missing_ok=True)
-        config = {"model_name_or_path": model, **plan["common"], "runs": plan[model]["runs"]}
-        write_result(args.results / f"{model}.json", Result("plan_check", config, metrics, time.time() - started,
-                     steps=plan["common"]["max_steps"], environment=environment(threads=1)))  # fmt: skip
+            done[name] = plan[model]["runs"][name]
+            config = {"model_name_or_path": model, **plan["common"], "runs": done}
+            record = Result("plan_check", config, metrics, time.time() - started, steps=plan["common"]["max_steps"],
+                            environment=environment(threads=1))  # fmt: skip
+            write_result(args.results / f"{model}.json", record)  # after each run: what is done stays
 
 
 if __name__ == "__main__":
