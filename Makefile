@@ -7,7 +7,7 @@ DEMO   ?= demo
 FAULTS ?= runs/faults
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-slow test-gpu test-browser test-flower faults lint wheel tables clean
+.PHONY: install demo test test-slow test-gpu test-browser test-flower test-deepspeed faults lint wheel tables clean
 
 install: $(STAMP)
 
@@ -43,6 +43,11 @@ test-flower:
 	$(MAKE) install VENV=$(VENV)-flower
 	$(VENV)-flower/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,federated]"
 	$(VENV)-flower/bin/python -m pytest -m flower
+
+# DeepSpeed compiles for some minutes before its first step.
+test-deepspeed: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,deepspeed]" ninja
+	$(BIN)/python -m pytest -m deepspeed
 
 # 120 runs that are killed at random and resumed; the record goes to $(FAULTS).
 faults: install

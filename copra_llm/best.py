@@ -12,8 +12,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate import Accelerator
-
+from copra_llm.backends import Backend
 from copra_llm.checkpoint import BEST, Progress, load_weights, save_adapter
 from copra_llm.processes import on_main
 from copra_llm.settings import TrainSettings
@@ -23,7 +22,7 @@ class BestAdapter:
     """Keeps the best adapter while a run goes on.
 
     Args:
-        accelerator: its main process writes.
+        backend: that of the run; its main process writes.
         folder: of the run.
         settings: of the run; keeps nothing if they ask for nothing.
         settled: whether the ramp has ended after so many steps.
@@ -32,13 +31,13 @@ class BestAdapter:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        backend: Backend,
         folder: Path,
         settings: TrainSettings,
         settled: Callable[[int], bool],
         progress: Progress,
     ):
-        self.accelerator, self.folder, self.settings = accelerator, folder / BEST, settings
+        self.backend, self.folder, self.settings = backend, folder / BEST, settings
         self.settled, self.progress = settled, progress
         self._first = 0
         # Of a run that goes on in another folder: what is not there any more cannot be the best.
@@ -59,7 +58,8 @@ class BestAdapter:
     def look(self, classifier) -> None:
         """After an evaluation: keep this adapter if it is the best so far."""
         if self.wanted and self.step == self.progress.step:
-            on_main(self.accelerator, lambda: save_adapter(self.accelerator.unwrap_model(classifier), self.folder))
+            with self.backend.whole(classifier) as whole:
+                on_main(self.backend.accelerator, lambda: save_adapter(whole, self.folder))
 
     def exhausted(self) -> bool:
         """Whether the last `early_stopping_patience` evaluations that count have all been worse than the best."""
@@ -74,7 +74,8 @@ class BestAdapter:
         """
         if not self.wanted or self.step is None:
             return self.progress.step
-        load_weights(self.accelerator.unwrap_model(classifier), self.folder)
+        with self.backend.whole(classifier, changed=True) as whole:
+            load_weights(whole, self.folder)
         return self.step
 
     def _counted(self) -> list[tuple[int, float]]:

@@ -44,6 +44,8 @@ class Workbench:
     """`{split: {task: examples}}`."""
     counts: dict[str, Counts] = field(default_factory=dict)
     """What became of the records of each split, where some may be cut or dropped."""
+    backend: Any = None
+    """What training has prepared the classifier with (`backends`)."""
 
 
 def build(

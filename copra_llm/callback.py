@@ -36,6 +36,7 @@ class CopRACallback(TrainerCallback):
         seed: of the masks, in [0, 2**64): what `--mask_seed` (or else `--seed`) is to a recipe.
         granularity: "layer" switches a transformer block's adapters together, "module" each alone.
         layer_pattern: regular expression; a layer's key is the module name up to the end of its match.
+        fused: whether adapted linear layers are computed in one pass, equal to PEFT's up to rounding.
 
     The entries `activation_prob` (in [0, 1]) and `active_layers` (a count) join the training logs: in
     `state.log_history`, and for the callbacks after this one. Trackers of `report_to` come before it; pass
@@ -52,13 +53,14 @@ class CopRACallback(TrainerCallback):
         seed: int = 0,
         granularity: str = "layer",
         layer_pattern: str | None = None,
+        fused: bool = True,
     ):
         if isinstance(method, str) and method not in METHODS:
             raise InputError(f'method is "{method}"{nearest(method, METHODS)}, but must be one of {", ".join(METHODS)}')
         if not 0 <= seed < 2**64:
             raise InputError(f"seed is {seed}, but must be at least 0 and below 2**64")
         self.schedule = METHODS[method] if isinstance(method, str) else method
-        self.seed, self.granularity, self.layer_pattern = seed, granularity, layer_pattern
+        self.seed, self.granularity, self.layer_pattern, self.fused = seed, granularity, layer_pattern, fused
         self._masked: _MaskedModel | None = None
         self._of_last_step: dict[str, float] = {}
 
@@ -72,7 +74,7 @@ class CopRACallback(TrainerCallback):
         if foreign:
             raise InputError(f"{foreign[0]} has an adapter that is not LoRA and cannot be left out of a step; "
                              "give the model LoRA adapters alone")  # fmt: skip
-        gates = LayerGates(model, self.granularity, self.layer_pattern)
+        gates = LayerGates(model, self.granularity, self.layer_pattern, self.fused)
         self._masked = _MaskedModel(model, gates, _training_frame())
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):

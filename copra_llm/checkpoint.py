@@ -72,6 +72,8 @@ class Progress:
     """Time in the loop so far, evaluation and saving included."""
     examples_a_step: int | None = None
     """Examples of an optimizer step on all processes; None: of a checkpoint from before this was noted."""
+    sent: tuple[int, int] = (0, 0)
+    """Bytes that this process has put into the exchange of gradients, and the number of steps that were counted."""
     stream_batch_size: int | None = None
     """Examples of a micro-batch of the stream; that of the run's first start, whatever its batches are later."""
 
@@ -94,20 +96,25 @@ def _write_adapter(classifier, folder: Path) -> None:
     classifier.save_extras(folder)
 
 
-def save_checkpoint(accelerator, classifier, optimizer, config: RunConfig, folder: Path, progress: Progress) -> None:
-    """`checkpoint-<step>/`: the adapter as anybody loads it, the optimizer's state, the progress, and the manifest."""
+def save_checkpoint(accelerator, classifier, backend, config: RunConfig, folder: Path, progress: Progress) -> None:
+    """`checkpoint-<step>/`: the adapter as anybody loads it, the optimizer's state, the progress, and the manifest.
+
+    All processes call it: where parts of the model or of the state are spread over them, they are brought together.
+    """
+    optimizer_state = backend.optimizer_state()
 
     def write() -> None:
         with atomic_folder(checkpoint_folder(folder, progress.step)) as fresh:
-            _write_adapter(accelerator.unwrap_model(classifier), fresh)
+            _write_adapter(whole, fresh)
             # By way of memory: where the disk is full, torch's own writer says that a position is unexpected.
             buffer = io.BytesIO()
-            torch.save(optimizer.state_dict(), buffer)
+            torch.save(optimizer_state, buffer)
             (fresh / OPTIMIZER).write_bytes(buffer.getbuffer())
             write_atomic(fresh / STATE, json.dumps({"config": config.flat(), **vars(progress)}))
             write_manifest(fresh)
 
-    on_main(accelerator, write)
+    with backend.whole(classifier) as whole:
+        on_main(accelerator, write)
 
 
 def load_weights(classifier, folder: Path) -> None:

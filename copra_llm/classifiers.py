@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from copra_llm.adapter_files import HEAD_FILE
 from copra_llm.errors import InputError
-from copra_llm.models import Base
+from copra_llm.models import Base, whole_base
 from copra_llm.tasks.mtl15 import Example, Task
 
 
@@ -265,7 +265,7 @@ def make_head(base: Base, task: Task, kind: str, seed: int) -> Tensor:
     if kind != "label_words":
         raise InputError(f'--head is "{kind}", but must be label_words or random')
     inputs = base.tokenizer(list(task.label_words), padding=True, return_tensors="pt")
-    with torch.no_grad():
+    with torch.no_grad(), whole_base(base.model):
         embedded = mean_pool(base.model.eval(), dict(inputs)).float()  # (labels, hidden)
     centred = embedded - embedded.mean(0)
     return F.normalize(centred, dim=-1) * hidden**0.5

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from copra_llm.classifiers import Grading
 from copra_llm.errors import InputError
-from copra_llm.gates import acting
+from copra_llm.gates import Part
 from copra_llm.image_inputs import ImageInputs
 from copra_llm.models import Base
 from copra_llm.pictures import normalise
@@ -55,7 +55,8 @@ class DualEncoder(Grading, nn.Module):
         self.model = model
         self.inputs = inputs
         self.prompts = {task: _tokens(base, texts) for task, texts in prompts.items()}
-        self.text = TextTower(self._encode_prompts)
+        self.vision = Part(lambda: tower(model.get_base_model(), "vision"))
+        self.text = TextTower(Part(lambda: tower(model.get_base_model(), "text")), self._encode_prompts)
         self._last_images: tuple[Tensor, Hashable, Tensor] | None = None
 
     # --- images -> batches --------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ class DualEncoder(Grading, nn.Module):
     def forward(self, batch: dict, scores: bool = False) -> Tensor:
         """Class scores `(batch, classes)`, or the mean cross-entropy in nats."""
         whole = self.model.get_base_model()
-        text = self.text.features(batch["task"], whole, self.training)
+        text = self.text.features(batch["task"], self.training)
         image = self.image_features(batch["pixels"])
         # Scores of some 100 need more digits than bfloat16 has.
         with torch.autocast(image.device.type, enabled=False):
@@ -91,11 +92,9 @@ class DualEncoder(Grading, nn.Module):
         Where nothing acts in the vision tower, those of the last batch are kept: coalitions of text layers all see
         the same ones.
         """
-        whole = self.model.get_base_model()
-        parts = tower(whole, "vision")
-        if acting(parts):
+        if self.vision.acting():
             return F.normalize(self._encode_images(pixels).float(), dim=-1)
-        key = surroundings(parts)
+        key = surroundings(self.vision)
         if self._last_images is None or self._last_images[0] is not pixels or self._last_images[1] != key:
             with torch.no_grad():
                 self._last_images = (pixels, key, self._encode_images(pixels))

@@ -118,13 +118,19 @@ def evaluate(accelerator: Accelerator, classifier, split: EncodedSplit, batch_si
     return Evaluation(predicted == labels, nll * split.scale, predicted, labels, tokens, by_length)
 
 
+def sharded(model) -> bool:
+    """Whether a model's parameters are spread over processes, by FSDP or ZeRO-3."""
+    return any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in model.parameters())
+
+
 @contextmanager
 def scoring(accelerator: Accelerator, classifier) -> Iterator[None]:
     """Evaluation mode without gradients; the training mode comes back afterwards."""
     was_training = classifier.training
     classifier.eval()
     try:
-        with torch.inference_mode(), accelerator.autocast():
+        # What is gathered of a sharded model is kept for later passes, which may want gradients through it.
+        with torch.no_grad(), torch.inference_mode(not sharded(classifier)), accelerator.autocast():
             yield
     finally:
         classifier.train(was_training)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,6 +28,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from copra_llm.errors import InputError
+from copra_llm.fused_linear import fused_forward, fusible
 
 GRANULARITIES = ("layer", "module")
 FIRST_INTEGER = r"^(?:[^.]+\.)*?\d+(?=\.|$)"
@@ -41,6 +42,8 @@ class LayerGates:
         model: what `get_peft_model` returned, wrapped or not.
         granularity: "layer" switches a transformer block's adapters together, "module" each alone.
         layer_pattern: regular expression; a layer's key is the module name up to the end of its match.
+        fused: whether open layers are computed in one pass where that gives PEFT's values up to rounding
+            (`fused_linear`).
 
     Raises:
         InputError: if the model has no LoRA module inside a block, or the pattern is no regular expression.
@@ -48,7 +51,9 @@ class LayerGates:
     Adapters outside blocks, `modules_to_save` and trainable tokens are no players: always on.
     """
 
-    def __init__(self, model: nn.Module, granularity: str = "layer", layer_pattern: str | None = None):
+    def __init__(
+        self, model: nn.Module, granularity: str = "layer", layer_pattern: str | None = None, fused: bool = False
+    ):
         modules: dict[str, list[LoraLayer]] = {}
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer):
@@ -63,11 +68,16 @@ class LayerGates:
         """Player names in mask order: (tower, index)."""
         self.modules = [[module for name in names for module in modules[name]] for names in players.values()]
         """The adapted modules of each player."""
-        self._held: list[tuple[LoraLayer, type]] = []
+        self.fused = fused
+        self._held: list[tuple[LoraLayer, type, type]] = []
 
     @property
     def num_layers(self) -> int:
         return len(self.keys)
+
+    def player_of(self) -> dict[int, int]:
+        """The player of every parameter of its modules, by the parameter's `id`; what is always on is not there."""
+        return {id(p): i for i, modules in enumerate(self.modules) for module in modules for p in module.parameters()}
 
     @contextmanager
     def applied(self, mask: Sequence[bool]) -> Iterator[None]:
@@ -76,12 +86,12 @@ class LayerGates:
         Forward, backward and (for activation checkpointing, which runs forward again) everything between
         belong inside.
         """
-        closing = self._inactive(mask)
+        switched = self._switched(mask)
         try:
-            _close(closing)
+            _switch(switched)
             yield
         finally:
-            _restore(closing)
+            _restore(switched)
 
     def apply(self, mask: Sequence[bool]) -> None:
         """Close the gates where `mask (num_layers,)` is False, until `lift` or the next mask.
@@ -89,20 +99,26 @@ class LayerGates:
         For a loop that belongs to somebody else and into which no block can be put; elsewhere `applied` is safer.
         """
         self.lift()
-        self._held = self._inactive(mask)
-        _close(self._held)
+        self._held = self._switched(mask)
+        _switch(self._held)
 
     def lift(self) -> None:
-        """Open what `apply` has closed."""
+        """Undo what `apply` has done."""
         _restore(self._held)
         self._held = []
 
-    def _inactive(self, mask: Sequence[bool]) -> list[tuple[LoraLayer, type]]:
-        """The modules of the layers that `mask` leaves out, each with its class as it is now."""
+    def _switched(self, mask: Sequence[bool]) -> list[tuple[LoraLayer, type, type]]:
+        """The modules that `mask` changes, each with its class as it is now and the one for the time of the mask."""
         if len(mask) != self.num_layers:
             raise ValueError(f"the mask has {len(mask)} entries for {self.num_layers} layers")
-        closed = [m for modules, active in zip(self.modules, mask, strict=True) if not active for m in modules]
-        return [(module, type(module)) for module in closed]
+        switched = []
+        for modules, active in zip(self.modules, mask, strict=True):
+            for module in modules:
+                if not active:
+                    switched.append((module, type(module), _closed_class(type(module))))
+                elif self.fused and fusible(module):
+                    switched.append((module, type(module), _fused_class(type(module))))
+        return switched
 
 
 def group_players(
@@ -143,59 +159,88 @@ def base_name(name: str) -> str:
     return re.sub(r"^(?:module\.|_orig_mod\.)*(?:.*?base_model\.model\.)?", "", name)
 
 
-def acting(parts: dict[str, nn.Module]) -> dict[str, list[Tensor]]:
-    """Where is a part of a model not the frozen base model now?
+class Part:
+    """A part of a model, of which it is asked again and again where it is not the frozen base model.
+
+    Its modules are listed once, and anew when one of them was exchanged; gates, flags and values are read each time.
 
     Args:
-        parts: modules by their names.
-
-    Returns:
-        The parameters that make the difference, by the name of the module that they belong to: those of adapters
-        that no closed gate and no flag of PEFT's switches off, and trained ones of the base itself.
+        modules: gives the part's modules by name, as they are in the model now.
     """
-    found: dict[str, list[Tensor]] = {}
-    for part, whole in parts.items():
-        switched: set[int] = set()
-        for name, module in whole.named_modules(prefix=part):
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-                own = [p for key, p in module.named_parameters() if not key.startswith(_BASE_WEIGHTS)]
-                switched |= {id(p) for p in own}
-                if _acts(module):
-                    found[name] = own
-        for name, module in whole.named_modules(prefix=part):
-            trained = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in switched]
-            if trained:
-                found[name] = trained
-    return found
+
+    def __init__(self, modules: Callable[[], dict[str, nn.Module]]):
+        self._modules = modules
+        self._tree: list[tuple[dict, list]] = []
+        self._named: dict[str, nn.Module] = {}
+        self._wrapped: dict[str, BaseTunerLayer | AuxiliaryTrainingWrapper] = {}
+        self._bare: dict[str, nn.Module] = {}
+
+    def named_modules(self) -> dict[str, nn.Module]:
+        """All modules by name; not to be changed."""
+        now = self._modules()
+        if not self._tree or any(list(held.values()) != then for held, then in [(now, self._tree[0][1]), *self._tree]):
+            self._list(now)
+        return self._named
+
+    def acting(self) -> dict[str, list[Tensor]]:
+        """The parameters that make the difference, by the name of the module that they belong to: those of adapters
+        that no closed gate and no flag of PEFT's switches off, and trained ones of the base itself."""
+        self.named_modules()
+        found = {name: _own_parameters(module) for name, module in self._wrapped.items() if _acts(module)}
+        trained = {name: [p for p in _direct(module) if p.requires_grad] for name, module in self._bare.items()}
+        return found | {name: own for name, own in trained.items() if own}
+
+    def state(self) -> str | None:
+        """A name for what the adapters do now, to tell it from all else they may do.
+
+        Closed gates, PEFT's own flag, which adapters are active, their scalings and the values of what is trained
+        count. Values are read, not their versions: who writes to `parameter.data` leaves no other trace.
+
+        Returns:
+            "" where nothing acts, else 32 hexadecimal digits; None if the values are not all here to be read (sharded
+            over processes).
+        """
+        found = self.acting()
+        if not found:
+            return ""
+        digest = hashlib.sha256()
+        for name in found:
+            module = self._named[name]
+            settings = [getattr(module, key, None) for key in ("active_adapters", "merged_adapters", "scaling")]
+            digest.update(repr((name, settings)).encode())
+        values = [value.detach() for own in found.values() for value in own]
+        # ZeRO-3 leaves empty tensors, FSDP those of which each process has a piece.
+        if any(value.numel() == 0 or hasattr(value, "placements") for value in values):
+            return None
+        raw = torch.cat([value.contiguous().reshape(-1).view(torch.uint8) for value in values])
+        digest.update(raw.cpu().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def frozen(self) -> list[Tensor]:
+        """The parameters that are not trained."""
+        return [p for module in self.named_modules().values() for p in _direct(module) if not p.requires_grad]
+
+    def _list(self, modules: dict[str, nn.Module]) -> None:
+        self._named = {name: m for part, top in modules.items() for name, m in top.named_modules(prefix=part)}
+        self._tree = [(modules, list(modules.values()))]
+        self._tree += [(module._modules, list(module._modules.values())) for module in self._named.values()]
+        self._wrapped = {name: m for name, m in self._named.items() if isinstance(m, _WRAPPERS)}
+        adapters = {id(below) for m in self._wrapped.values() for name, below in m.named_modules()
+                    if not f"{name}.".startswith(_BASE_WEIGHTS)}  # fmt: skip
+        self._bare = {name: m for name, m in self._named.items() if id(m) not in adapters}
 
 
-def adapter_state(parts: dict[str, nn.Module]) -> str | None:
-    """A name for what the adapters in a part of a model do now, to tell it from all else they may do.
-
-    Closed gates, PEFT's own flag, which adapters are active, their scalings and the values of what is trained count.
-    Values are read, not their versions: who writes to `parameter.data` leaves no other trace.
-
-    Returns:
-        "" where `acting` finds nothing, else 32 hexadecimal digits; None if the values are not all here to be read
-        (sharded over processes).
-    """
-    found = acting(parts)
-    if not found:
-        return ""
-    modules = {name: module for part, whole in parts.items() for name, module in whole.named_modules(prefix=part)}
-    digest = hashlib.sha256()
-    for name in found:
-        settings = [getattr(modules[name], key, None) for key in ("active_adapters", "merged_adapters", "scaling")]
-        digest.update(repr((name, settings)).encode())
-    values = [value.detach() for own in found.values() for value in own]
-    # ZeRO-3 leaves empty tensors, FSDP those of which each process has a piece.
-    if any(value.numel() == 0 or hasattr(value, "placements") for value in values):
-        return None
-    raw = torch.cat([value.contiguous().reshape(-1).view(torch.uint8) for value in values])
-    digest.update(raw.cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
+def _own_parameters(wrapper: BaseTunerLayer | AuxiliaryTrainingWrapper) -> list[Tensor]:
+    """The parameters that a wrapped module has beside the weights of the module it wraps."""
+    return [p for key, p in wrapper.named_parameters() if not key.startswith(_BASE_WEIGHTS)]
 
 
+def _direct(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters, without those of modules below it."""
+    return [p for p in module._parameters.values() if p is not None]
+
+
+_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 _BASE_WEIGHTS = ("base_layer.", "original_module.")
 """Where PEFT keeps the frozen weights of a module that it has wrapped."""
 
@@ -221,14 +266,14 @@ def foreign_adapters(model: nn.Module) -> list[str]:
     ]
 
 
-def _close(modules: Iterable[tuple[LoraLayer, type]]) -> None:
-    for module, cls in modules:
+def _switch(modules: Iterable[tuple[LoraLayer, type, type]]) -> None:
+    for module, _, cls in modules:
         # Not through nn.Module.__setattr__, which looks for parameters first.
-        object.__setattr__(module, "__class__", _closed_class(cls))
+        object.__setattr__(module, "__class__", cls)
 
 
-def _restore(modules: Iterable[tuple[LoraLayer, type]]) -> None:
-    for module, cls in modules:
+def _restore(modules: Iterable[tuple[LoraLayer, type, type]]) -> None:
+    for module, cls, _ in modules:
         object.__setattr__(module, "__class__", cls)
 
 
@@ -251,6 +296,18 @@ def _closed_class(cls: type[LoraLayer]) -> type[LoraLayer]:
 
     own = {"__call__": __call__, "__module__": cls.__module__, "gate_is_closed": True}
     return type(cls.__name__, (cls,), own)
+
+
+@functools.cache
+def _fused_class(cls: type[LoraLayer]) -> type[LoraLayer]:
+    """`cls` with a forward pass in one node, for a module that was found `fusible`."""
+
+    def forward(self, x, *args, **kwargs):
+        if args or kwargs or self.disable_adapters or self.merged:
+            return cls.forward(self, x, *args, **kwargs)
+        return fused_forward(self, x)
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
 def _natural(name: str) -> tuple:

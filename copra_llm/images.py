@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.image_inputs import ImageInputs
 from copra_llm.paths import data_root
-from copra_llm.pictures import PictureCache, eval_view, needed_side, train_view, view_rng, whole_view
+from copra_llm.pictures import PictureCache, eval_view, needed_side, reduced, train_view, view_rng, whole_view
 from copra_llm.settings import ImageSettings
 from copra_llm.tasks.clip.catalogue import IMAGES, ImageTask, get_image_task, image_task_names, named_images
 from copra_llm.tasks.clip.examples import ImageExample
@@ -95,19 +96,20 @@ def spread(examples: list, limit: int | None) -> list:
 
 
 class Views:
-    """What a vision tower sees of an example; decoded images are kept up to a limit.
+    """What a vision tower sees of an example; images, or evaluation's views of them, are kept up to a limit.
 
     Args:
         size: of the views, pixels.
-        limit_bytes: of the images that are kept.
+        limit_bytes: of what is kept.
         workers: processes that make the views.
-        training: whether images are kept large enough for random crops.
+        training: whether random views are asked for, so that whole images are kept.
         crop: whether evaluation sees an image's middle; else all of it, squeezed.
     """
 
     def __init__(self, size: int, limit_bytes: int, workers: int, training: bool, crop: bool = True):
-        self.size, self.workers, self.crop = size, workers, crop
-        self.cache = PictureCache(limit_bytes, needed_side(size) if training else size)
+        self.size, self.workers, self.training = size, workers, training
+        self.view = partial(eval_view if crop else whole_view, size=size)
+        self.cache = PictureCache(limit_bytes, partial(reduced, side=needed_side(size)) if training else self.view)
 
     def __call__(self, example: ImageExample, place: Place | None) -> np.ndarray:
         """uint8 `(size, size, 3)`: the random view at a place of the training stream; None: evaluation's.
@@ -116,9 +118,9 @@ class Views:
             InputError: if the image cannot be read.
         """
         image = self.cache[example.source]
-        if place is None:
-            return (eval_view if self.crop else whole_view)(image, self.size)
-        return train_view(image, self.size, view_rng(*place))
+        if place is not None:
+            return train_view(image, self.size, view_rng(*place))
+        return self.view(image) if self.training else image
 
     def prepare(self, examples: list[ImageExample]) -> None:
         """Decode what will be kept, before processes are forked that share it.

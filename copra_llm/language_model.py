@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from copra_llm.errors import InputError
 from copra_llm.linear_loss import token_losses
-from copra_llm.models import Base
+from copra_llm.models import Base, sharded_at_load
 from copra_llm.tasks.instruct.encode import Encoded
 
 PROBE = 8
@@ -127,6 +127,9 @@ def ends_with_its_head(model: nn.Module) -> bool:
     Some models scale or cap their logits afterwards; they are asked as a whole.
     """
     if not (hasattr(model, "get_decoder") and model.get_output_embeddings() is not None):
+        return False
+    # It could only be asked with all its weights on each process.
+    if sharded_at_load(model):
         return False
     ids = torch.arange(PROBE, device=model.device)[None] % model.config.get_text_config().vocab_size
     was_training = model.training

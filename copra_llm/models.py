@@ -345,6 +345,23 @@ def _name_base(model: PeftModel, source: Source) -> None:
         config.base_model_name_or_path = source.name
 
 
+def sharded_at_load(model: nn.Module) -> bool:
+    """Whether a base's weights were spread over the processes as they were read (ZeRO-3)."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+@contextmanager
+def whole_base(model: nn.Module):
+    """A base that was sharded as it was loaded has all its weights within the block, on every process."""
+    if not sharded_at_load(model):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        yield
+
+
 def fingerprint(load_from: str) -> str:
     """SHA-256 over the weight files of a local folder, or of the cached snapshot of a hub id; 16 hex digits."""
     folder = Path(load_from)

@@ -38,28 +38,41 @@ class FiniteWatch:
     The fused AdamW reads a flag tensor, `found_inf`, and leaves parameters, moments and step counts alone
     where it is 1. The flag stays on the device and is summed over processes; only `read`, at log steps,
     brings a count to the host. Under float16 the loss scaler does the same by itself.
+
+    Args:
+        device: of the flag.
+        limit: of steps left out.
+        progress: of the run; they are counted there.
     """
 
-    def __init__(self, accelerator: Accelerator, optimizer, limit: int, progress: Progress):
-        self.accelerator, self.limit, self.progress = accelerator, limit, progress
-        self.target = None if accelerator.scaler is not None else optimizer.optimizer
-        self.bad_micro = torch.zeros((), device=accelerator.device)
-        self.bad_steps = torch.zeros((), device=accelerator.device)
+    def __init__(self, device: torch.device, limit: int, progress: Progress):
+        self.limit, self.progress = limit, progress
+        self.bad_losses = torch.zeros((), device=device)
+        """Of the step so far; more than 0 once any process has had one."""
+        self.bad_steps = torch.zeros((), device=device)
 
-    def before_step(self, loss: torch.Tensor, norm: torch.Tensor | None) -> None:
-        self.bad_micro += (~torch.isfinite(loss.detach())).float()
-        if norm is None:
-            return
-        self.bad_micro += (~torch.isfinite(norm)).float()
-        if self.accelerator.num_processes > 1:
-            self.bad_micro = self.accelerator.reduce(self.bad_micro, reduction="sum")
-        found = (self.bad_micro > 0).float()
-        if self.target is not None:
-            self.target.found_inf = found
+    def see(self, loss: torch.Tensor) -> None:
+        """Note a micro-batch's loss on this process."""
+        self.bad_losses += (~torch.isfinite(loss.detach())).float()
+
+    def verdict(self, bad_losses: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """Whether the step is left out, 0.0 or 1.0; it is counted, and the next one begins.
+
+        Args:
+            bad_losses: the sum over all processes of what they have seen.
+            norm: of the gradient, the same on all processes.
+        """
+        found = ((bad_losses > 0) | ~torch.isfinite(norm)).float()
         self.bad_steps += found
-        self.bad_micro = torch.zeros_like(self.bad_micro)
+        self.bad_losses = torch.zeros_like(self.bad_losses)
+        return found
 
     def read(self, step: int) -> None:
+        """Bring the count to the host.
+
+        Raises:
+            InputError: if it has reached the limit.
+        """
         self.progress.skipped += int(self.bad_steps)
         self.bad_steps.zero_()
         if self.progress.skipped >= self.limit:

@@ -42,7 +42,7 @@ class Samples:
     def __init__(self, accelerator: Accelerator, bench: Workbench, config: RunConfig, progress: Progress):
         self.accelerator, self.progress = accelerator, progress
         self.settings, self.batch_size = config.instruct, config.train.per_device_eval_batch_size
-        self.tokenizer = bench.base.tokenizer
+        self.bench, self.tokenizer = bench, bench.base.tokenizer
         records = prompt_records(config.instruct) if config.instruct is not None else []
         self.shown = [shown(record) for record in records]
         if not records:
@@ -63,10 +63,7 @@ class Samples:
             return
         # Every process answers: where the model's weights are spread over them, none can alone.
         with self.accelerator.autocast():
-            answers = generate(
-                self.accelerator.unwrap_model(classifier).model, self.tokenizer, self.prompts, self.stop,
-                max_new_tokens=self.settings.max_new_tokens, batch_size=self.batch_size,
-            )  # fmt: skip
+            answers = self.bench.backend.decode(classifier, self._answers)
         pairs = list(zip(self.shown, answers, strict=True))
         self.progress.samples += [{"step": step, "prompt": prompt, "text": text} for prompt, text in pairs]
         self.accelerator.log(
@@ -75,6 +72,12 @@ class Samples:
         if self.accelerator.is_main_process:
             # Above the bar, if there is one.
             tqdm.write("\n".join([f"step {step}", *(f"> {prompt}\n{text}" for prompt, text in pairs)]))
+
+    def _answers(self, classifier) -> list[str]:
+        return generate(
+            classifier.model, self.tokenizer, self.prompts, self.stop,
+            max_new_tokens=self.settings.max_new_tokens, batch_size=self.batch_size,
+        )  # fmt: skip
 
 
 def prompt_records(settings: InstructSettings) -> list[Record]:

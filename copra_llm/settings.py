@@ -296,6 +296,9 @@ class TrainSettings:
         None, "NEFTune: noise of this size on the embeddings while training; unset: none."
     )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    use_fused_lora: bool = setting(
+        True, "Compute an adapted linear layer in one pass, equal to PEFT's up to rounding; false: PEFT's own."
+    )
     use_liger_kernel: bool = setting(
         False, "Liger's kernels for norms, rotary positions and MLPs (needs a GPU and liger-kernel)."
     )

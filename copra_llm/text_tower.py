@@ -8,7 +8,7 @@ text tower do. Three cases:
     training                                                each step, from the lowest layer that acts upwards;
                                                             what the frozen layers below give is kept
 
-What is kept is found again by what it depends on: the task, the adapters' state as `gates.adapter_state` reads it at
+What is kept is found again by what it depends on: the task, the adapters' state as `gates.Part.state` reads it at
 that moment (gates, flags and the values of all factors), the frozen weights' addresses and versions, and the
 precision. So nobody has to say when an adapter was exchanged, pruned, or gated by a coalition.
 """
@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from copra_llm.gates import acting, adapter_state
+from copra_llm.gates import Part
 from copra_llm.replaced import replaced_forward
 from copra_llm.stochastic_depth import thinned
-from copra_llm.towers import tower
 
 KEPT_BYTES = 2**28
 """Most bytes of features that are kept, and of hidden states below the lowest acting layer."""
@@ -38,35 +37,33 @@ class TextTower:
     """Features of the class prompts, by task.
 
     Args:
+        part: the tower.
         encode: `task's name -> features (classes, dim)` through the model, with whatever adapters act.
     """
 
-    def __init__(self, encode: Callable[[str], Tensor]):
-        self.encode = encode
+    def __init__(self, part: Part, encode: Callable[[str], Tensor]):
+        self.part, self.encode = part, encode
         self.encoded = 0
         """Passes through the tower so far."""
         self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._below: dict[Hashable, Any] = {}
         self._below_bytes = 0
 
-    def features(self, task: str, base: nn.Module, training: bool) -> Tensor:
+    def features(self, task: str, training: bool) -> Tensor:
         """Features `(classes, dim)` under the adapters as they are now; with a gradient if they are trained.
 
         Args:
             task: whose prompts.
-            base: the dual encoder, with the adapters inside.
             training: whether dropout may act.
         """
-        parts = tower(base, "text")
-        found = acting(parts)
-        if found and (training or torch.is_grad_enabled()):
-            return self._trained(task, parts, found, training)
-        state = adapter_state(parts) if found else ""
+        if (training or torch.is_grad_enabled()) and (found := self.part.acting()):
+            return self._trained(task, found, training)
+        state = self.part.state()
         if state is None:
             return self._counted(task)
-        key = (task, state, *surroundings(parts))
+        key = (task, state, *surroundings(self.part))
         if key not in self._features:
-            with torch.no_grad(), _evaluating(parts.values()):
+            with torch.no_grad(), _evaluating(self.part.named_modules().values()):
                 self._features[key] = self._counted(task)
             while len(self._features) > 1 and sum(f.nbytes for f in self._features.values()) > KEPT_BYTES:
                 self._features.popitem(last=False)
@@ -77,12 +74,12 @@ class TextTower:
         self.encoded += 1
         return self.encode(task)
 
-    def _trained(self, task: str, parts: dict[str, nn.Module], found: Iterable[str], training: bool) -> Tensor:
-        prefix, blocks = blocks_of(parts)
+    def _trained(self, task: str, found: Iterable[str], training: bool) -> Tensor:
+        prefix, blocks = blocks_of(self.part)
         lowest = lowest_acting(found, prefix, len(blocks))
         below = nullcontext()
-        if lowest > 0 and not (training and _drops_out(parts.values())):
-            below = self._from_kept((task, lowest, *surroundings(parts)), blocks[:lowest])
+        if lowest > 0 and not (training and _drops_out(self.part)):
+            below = self._from_kept((task, lowest, *surroundings(self.part)), blocks[:lowest])
         with below:
             return self._counted(task)
 
@@ -109,22 +106,19 @@ class TextTower:
             yield
 
 
-def surroundings(parts: dict[str, nn.Module]) -> tuple[Hashable, ...]:
+def surroundings(part: Part) -> tuple[Hashable, ...]:
     """What a tower's output depends on besides its input and its adapters: frozen weights and precision."""
-    frozen = tuple(
-        (p.data_ptr(), p._version) for part in parts.values() for p in part.parameters() if not p.requires_grad
-    )
-    device = next(p.device.type for part in parts.values() for p in part.parameters())
+    frozen = tuple((p.data_ptr(), p._version) for p in part.frozen())
+    device = next(p.device.type for module in part.named_modules().values() for p in module.parameters())
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return frozen, device, precision
 
 
-def blocks_of(parts: dict[str, nn.Module]) -> tuple[str, list[nn.Module]]:
+def blocks_of(part: Part) -> tuple[str, list[nn.Module]]:
     """The tower's transformer blocks, and what stands before their number in their names."""
-    for part, whole in parts.items():
-        for name, module in whole.named_modules(prefix=part):
-            if isinstance(module, nn.ModuleList) and len(module):
-                return f"{name}.", list(module)
+    for name, module in part.named_modules().items():
+        if isinstance(module, nn.ModuleList) and len(module):
+            return f"{name}.", list(module)
     return "", []
 
 
@@ -139,28 +133,27 @@ def lowest_acting(names: Iterable[str], prefix: str, num_blocks: int) -> int:
     return lowest
 
 
-def _drops_out(parts: Iterable[nn.Module]) -> bool:
+def _drops_out(part: Part) -> bool:
     """Whether the frozen tower itself is random while training."""
-    for part in parts:
-        for name, module in part.named_modules():
-            if thinned(module):
-                return True
-            if isinstance(module, nn.Dropout) and module.p > 0 and ".lora_" not in name:
-                return True
-            if isinstance(getattr(module, "dropout", None), float) and module.dropout > 0:
-                return True
+    for name, module in part.named_modules().items():
+        if thinned(module):
+            return True
+        if isinstance(module, nn.Dropout) and module.p > 0 and ".lora_" not in name:
+            return True
+        if isinstance(getattr(module, "dropout", None), float) and module.dropout > 0:
+            return True
     return False
 
 
 @contextmanager
-def _evaluating(parts: Iterable[nn.Module]) -> Iterator[None]:
-    modules = [(module, module.training) for part in parts for module in part.modules()]
+def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    before = [(module, module.training) for module in modules]
     try:
-        for module, _ in modules:
+        for module, _ in before:
             module.training = False
         yield
     finally:
-        for module, was in modules:
+        for module, was in before:
             module.training = was
 
 

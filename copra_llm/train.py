@@ -20,7 +20,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -54,10 +53,11 @@ from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, Preempted
 from copra_llm.evaluate import evaluate, load_metrics
 from copra_llm.gates import LayerGates
+from copra_llm.launch import backend_of, check_launch, check_same_base, process_group
 from copra_llm.liger import apply_liger, check_liger
 from copra_llm.masks import sample_mask
 from copra_llm.neftune import noisy_embeddings
-from copra_llm.optimizer import FiniteWatch, clip, make_optimizer
+from copra_llm.optimizer import FiniteWatch, make_optimizer
 from copra_llm.processes import lost_processes, on_main, sigterm
 from copra_llm.results import (
     Result,
@@ -91,6 +91,7 @@ def train_adapter(config: RunConfig, tasks: list[str], folder: Path) -> Result:
     """
     accelerator = _accelerator(config, folder)
     with lost_processes(accelerator), sole_writer(accelerator, folder):
+        check_launch(accelerator, config)
         finished = on_main(accelerator, lambda: _finished(accelerator, config, folder))
         return finished or _train(accelerator, config, tasks, folder)
 
@@ -114,6 +115,7 @@ def _train(accelerator: Accelerator, config: RunConfig, tasks: list[str], folder
         check_liger(accelerator.device)
     more_metrics = load_metrics(config.train.metrics)
     bench = build(config, tasks)
+    check_same_base(accelerator, bench.base.fingerprint)
     if config.train.gradient_checkpointing:
         checkpoint_activations(bench.base.model)
     if config.train.use_liger_kernel:
@@ -128,6 +130,7 @@ def _train(accelerator: Accelerator, config: RunConfig, tasks: list[str], folder
     # Where it was begun on another number of processes, the settings alone would not repeat its batches.
     if progress.stream_batch_size != config.train.per_device_train_batch_size:
         data["stream_batch_size"] = progress.stream_batch_size
+    data |= bench.backend.communication(progress.sent)
     if bench.counts:
         data["records"] = {split: vars(counts) for split, counts in bench.counts.items()}
     for split in ("dev", "test"):
@@ -148,12 +151,13 @@ def _train(accelerator: Accelerator, config: RunConfig, tasks: list[str], folder
     )
 
     def write() -> None:
-        save_adapter(accelerator.unwrap_model(bench.classifier), folder / ADAPTER)
+        save_adapter(classifier, folder / ADAPTER)
         (folder / PREEMPTED).unlink(missing_ok=True)
         write_result(folder / RESULT, result)
         shutil.rmtree(folder / BEST, ignore_errors=True)
 
-    on_main(accelerator, write)
+    with bench.backend.whole(bench.classifier) as classifier:
+        on_main(accelerator, write)
     # Not `end_training`, which would part the processes: the next task needs them.
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -186,9 +190,10 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     splits = list(bench.splits["train"].values())
     total_steps = _total_steps(config, accelerator, sum(map(len, splits)))
     schedule = config.schedule.schedule()
-    gates = LayerGates(classifier, config.schedule.granularity, config.schedule.layer_pattern)
+    gates = LayerGates(
+        classifier, config.schedule.granularity, config.schedule.layer_pattern, fused=settings.use_fused_lora
+    )
     depth = StochasticDepth(classifier, gates.keys, config.schedule.stochastic_depth, settings.seed_of("mask"))
-    trained = [p for p in classifier.parameters() if p.requires_grad]
     optimizer = make_optimizer(classifier, settings)
     # Not prepared: Accelerate would step it once a process, but rate and p(t) count optimizer steps.
     first, whole = config.part.span_in_steps(total_steps)
@@ -208,14 +213,13 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
         stop=(first + total_steps) * micro_batches,
     )
     loader = train_loader(classifier, splits, stream, settings.per_device_train_batch_size)
-    bench.classifier, optimizer, loader = classifier, optimizer, loader = accelerator.prepare(
-        classifier, optimizer, loader
-    )
+    backend = bench.backend = backend_of(accelerator, settings)
+    bench.classifier = classifier = backend.prepare(classifier, optimizer, gates)
     classifier.train()
-    watch = FiniteWatch(accelerator, optimizer, settings.max_nonfinite_steps, progress)
-    best = BestAdapter(accelerator, folder, settings, lambda step: schedule.settled((first + step) / whole), progress)
+    watch = FiniteWatch(accelerator.device, settings.max_nonfinite_steps, progress)
+    best = BestAdapter(backend, folder, settings, lambda step: schedule.settled((first + step) / whole), progress)
     keep_at = {step_at(fraction, total_steps) for fraction in settings.checkpoint_at}
-    batches = iter(loader)
+    batches = iter(accelerator.prepare_data_loader(loader))
     logged = _RunningLoss(accelerator.device, *progress.unlogged)
     clock = time.time() - progress.seconds
     noise = noisy_embeddings(bench.base.model, settings.neftune_noise_alpha)
@@ -227,19 +231,17 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
             mask = sample_mask(p, gates.num_layers, seed=settings.seed_of("mask"), step=now)
             _seed_noise(settings.seed_of("data"), now, accelerator.process_index)
             with gates.applied(mask), depth.applied(now):
-                for batch in next_step(accelerator, batches, settings.gradient_accumulation_steps):
-                    with accelerator.accumulate(classifier):
-                        loss = classifier(batch)
-                        accelerator.backward(loss)
-                        logged.add(loss)
-                        if accelerator.sync_gradients:
-                            norm = clip(accelerator, trained, settings.max_grad_norm)
-                        watch.before_step(loss, norm if accelerator.sync_gradients else None)
-                        optimizer.step()
-                        optimizer.zero_grad()
+                parts = next_step(accelerator, batches, settings.gradient_accumulation_steps)
+                for part, batch in enumerate(parts, 1):
+                    loss = classifier(batch)
+                    backend.backward(loss, last=part == len(parts))
+                    logged.add(loss)
+                    watch.see(loss)
+                norm = backend.step(mask, watch)
             scheduler.step()
             progress.step = step + 1
             progress.seconds = time.time() - clock
+            progress.sent = backend.count(progress.sent)
             last = progress.step == total_steps
             bar.update()
             if progress.step % settings.logging_steps == 0 or last:
@@ -259,7 +261,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
             if regular or stopping or progress.step in keep_at:
                 watch.read(step)
                 progress.unlogged = logged.so_far()
-                save_checkpoint(accelerator, classifier, optimizer, config, folder, progress)
+                save_checkpoint(accelerator, classifier, backend, config, folder, progress)
                 if regular:
                     rotate(accelerator, folder, settings, keep_at, progress.step)
             if stopping and not last:
@@ -355,11 +357,7 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
         log_with=settings.report_to or None,
         project_dir=str(folder),
         step_scheduler_with_optimizer=False,
-        # A masked layer's parameters take no part in the step's graph.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=settings.ddp_timeout)),
-        ],
+        kwargs_handlers=[process_group(settings)],
     )
 
 

@@ -123,7 +123,7 @@ PAGES = {
         "instruct": (connectivity_table, "instruct"),
         "skills": (skills_table, "instruct"),
         "instruct_pruned": (pruning_loss_table, "instruct"),
-        "instruct_pruned_accuracy": (pruning_table, "instruct"),
+        "instruct_pruned_accuracy": (pruning_table, "instruct/results/pruned/smollm2/sentiment"),
     },
     EVAL / "clip" / "README.md": {
         "few_shot": (few_shot_table, f"{CLIP}/micro-clip"),

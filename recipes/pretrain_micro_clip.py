@@ -21,6 +21,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from copra_llm.errors import InputError, exit_on_input_error
 from copra_llm.paths import data_root
-from copra_llm.pictures import PictureCache, eval_view, needed_side, normalise, train_view, view_rng
+from copra_llm.pictures import PictureCache, eval_view, needed_side, normalise, reduced, train_view, view_rng
 from copra_llm.results import Result, atomic_folder, environment, peak_memory_bytes, write_result
 from copra_llm.tasks.clip.catalogue import IMAGES, PLAIN_TEMPLATE, get_image_task
 from copra_llm.tasks.clip.examples import ImageExample
@@ -157,7 +158,7 @@ class Eyes:
 
     def __init__(self, processor: CLIPImageProcessorPil, size: int):
         self.processor, self.size = processor, size
-        self.cache = PictureCache(CACHE_BYTES, needed_side(size))
+        self.cache = PictureCache(CACHE_BYTES, partial(reduced, side=needed_side(size)))
 
     def vectors(self, model: CLIPModel, views: list[np.ndarray]) -> torch.Tensor:
         """`(n, width)`."""

@@ -19,45 +19,70 @@ SECONDS = 900
 """Until a process that has not ended counts as hanging; they take a few on a machine that does nothing else."""
 
 
-def environment(rank: int, port: int) -> dict[str, str]:
-    """What torchrun would tell a process."""
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false", "DS_ACCELERATOR": "cpu"}
+BACKENDS = {
+    "ddp": {"ACCELERATE_USE_CPU": "true"},
+    "fsdp2": {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "zero1": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+    "zero2": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "zero3-init": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"},
+}
+"""What `accelerate launch` would put into the environment of a process, by backend."""
+
+
+def environment(rank: int, port: int, backend: str) -> dict[str, str]:
+    """What torchrun would tell a process, and `accelerate launch` beside it."""
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1"}  # fmt: skip
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            **BACKENDS[backend]}  # fmt: skip
 
 
-def run_rank(rank: int, port: int, argv: list[str], log: Path, prepare: Callable[[int], None] | None) -> None:
+def run_rank(rank: int, port: int, argv: list, log: Path, prepare: Callable[[int], None] | None, backend: str) -> None:
     """The recipe as one of the two processes; what it prints goes into its log."""
-    os.environ.update(environment(rank, port))
+    os.environ.update(environment(rank, port, backend))
     with open(log, "w", encoding="utf-8") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     if prepare is not None:
         prepare(rank)
+    if isinstance(argv[0], list):
+        sys.exit(run_recipes(argv))
     sys.argv = [str(RECIPE), *argv]
     runpy.run_path(str(RECIPE), run_name="__main__")
+
+
+def run_recipes(argvs: list[list[str]]) -> int:
+    """Recipes one after the other in this process, until one fails; conversations have a recipe of their own."""
+    for argv in argvs:
+        recipe = RECIPE.with_name("train_instruct.py") if "--dataset_name" in argv else RECIPE
+        if code := runpy.run_path(str(recipe))["main"](argv):
+            return code
+    return 0
 
 
 class Pair:
     """The recipe on two processes, forked from a server that has imported the libraries.
 
     Args:
-        argv: its command line.
+        argv: its command line; or several, one after the other in the same processes.
         logs: folder for what they print.
         prepare: called in each process with its rank; from a module that can be imported.
+        backend: one of `BACKENDS`.
     """
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["copra_llm.train"])
 
-    def __init__(self, argv: list[str], logs: Path, prepare: Callable[[int], None] | None = None):
+    def __init__(self, argv: list, logs: Path, prepare: Callable[[int], None] | None = None, backend: str = "ddp"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank{rank}.log" for rank in (0, 1)]
         self.ranks = [
-            self.context.Process(target=run_rank, args=(rank, port, argv, self.logs[rank], prepare)) for rank in (0, 1)
+            self.context.Process(target=run_rank, args=(rank, port, argv, self.logs[rank], prepare, backend))
+            for rank in (0, 1)
         ]
         for process in self.ranks:
             process.start()

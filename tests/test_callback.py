@@ -82,7 +82,7 @@ def recipe_mask(step: int, method: str = "copra", seed: int = 0, layers: int = L
 def bare_loop(trainer, method: str, seed: int) -> dict[str, Tensor]:
     """CopRA by hand: this trainer's batches, loss and settings, no callback; the trained factors."""
     args, model = trainer.args, trainer.model
-    gates = LayerGates(model)
+    gates = LayerGates(model, fused=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     scheduler = get_scheduler("linear", optimizer, 0, args.max_steps)
@@ -193,9 +193,9 @@ def test_the_adapter_is_the_bare_loops(tiny_llama, tmp_path, kind: str, settings
 
 @pytest.mark.parametrize("method, seed", [("coto", 5), ("lora", 0), ("copra", 7)])
 def test_method_and_seed(tiny_llama, tmp_path, method: str, seed: int):
-    """Masks are the recipe's for every preset; "lora" is the trainer without a callback."""
+    """Masks are the recipe's for every preset; "lora", on PEFT's own forward, is the trainer without a callback."""
     observer = Observer()
-    callback = CopRACallback(method, seed=seed)
+    callback = CopRACallback(method, seed=seed, fused=False)
     trainer = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path, [callback, observer])
     trainer.train()
     assert observer.active == [recipe_mask(step, method, seed).tolist() for step in range(STEPS)]

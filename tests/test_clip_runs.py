@@ -130,6 +130,17 @@ def test_a_training_view_is_a_function_of_its_place(config):
     assert np.array_equal(views[0], splits[0].views(example, (0, 0, 0)))
 
 
+def test_evaluation_keeps_its_views(config):
+    """Of training images too it sees the middle, as of all others, which are read once."""
+    splits = {split: tasks[TASK] for split, tasks in build(config(), [TASK], splits=("train", "test")).splits.items()}
+    for split in splits.values():
+        for example in split.encoded[:3]:
+            expected = eval_view(decode(example.source), split.views.size)
+            assert np.array_equal(split.views(example, None), expected)
+    first = splits["test"].encoded[0]
+    assert splits["test"].views(first, None) is splits["test"].views(first, None)
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_read_the_stream_in_turns(config, processes):
     """Whichever of them reads a micro-batch, its number and its places are the stream's."""

@@ -255,6 +255,22 @@ def test_one_state_is_encoded_once(bench):
     assert evaluate(Accelerator(), made.classifier, split, 4).loss == first.loss and text.encoded == 2
 
 
+def test_a_module_that_was_exchanged_is_seen(bench):
+    """Folded away, or wrapped after the first look, without a word to the classifier."""
+    made = bench("tiny_clip")
+    own, batch = made.classifier, batch_of(made)
+    layer = made.base.model.text_model.encoder.layers[1].self_attn
+    with torch.no_grad():
+        whole, projection = own(batch, scores=True), layer.q_proj
+        layer.q_proj = projection.base_layer
+        without = own(batch, scores=True)
+        layer.q_proj = projection
+        assert torch.equal(own(batch, scores=True), whole) and not torch.equal(without, whole)
+        made.base.model.text_projection.weight.requires_grad_(True)
+        made.base.model.text_projection.weight.mul_(-1)
+        assert not torch.equal(own(batch, scores=True), whole), "a trained weight of the base itself"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [{}, {"encoder": "text"}, {"encoder": "vision"}])
 def test_interpolation_meets_fresh_models(bench, saved, request, image_data, family, options):
@@ -294,7 +310,7 @@ def test_coalitions_share_what_they_may(saved, request, image_data, monkeypatch,
     shared, plain = game.outcomes(coalitions), game.plain_outcomes(coalitions)
     assert np.array_equal(shared.nll, plain.nll)
     assert len(set(plain.nll.mean(1).tolist())) == len(np.unique(coalitions, axis=0)), "the adapter must matter"
-    monkeypatch.setattr(TextTower, "features", lambda self, task, base, training: self.encode(task))
+    monkeypatch.setattr(TextTower, "features", lambda self, task, training: self.encode(task))
     assert np.array_equal(game.plain_outcomes(coalitions).nll, plain.nll)
 
 

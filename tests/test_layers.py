@@ -18,10 +18,11 @@ ROWS = [
     ["adapters", "gates", "gguf", "quantised_base", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
     + ["initial", "packing", "linear_loss", "language_model", "choice_model", "conversations"]
     + ["towers", "replaced", "image_inputs", "images", "text_tower", "dual_encoder", "linear_probe"]
-    + ["stochastic_depth"],
+    + ["stochastic_depth", "fused_linear"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
     + ["optimizer", "best", "samples", "liger", "processes", "neftune"]
+    + ["exchange", "backends", "sharded", "zero", "launch"]
     + ["prefixes", "coalitions", "ledger", "generate"],
     ["figures"],
     ["protocols", "report", "summaries", "model_card", "publish", "plan"],

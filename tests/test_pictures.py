@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from copra_llm.pictures import (
     needed_side,
     normalise,
     random_box,
+    reduced,
     train_view,
     view_rng,
     whole_view,
@@ -224,17 +226,18 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, 4000, 10**6])
-@pytest.mark.parametrize("max_side", [None, 10])
-def test_the_limit_changes_no_pixel(files, limit, max_side):
+@pytest.mark.parametrize("side", [None, 10])
+def test_the_limit_changes_no_pixel(files, limit, side):
     """What is kept and what is decoded anew are the same, filled ahead or not; the limit holds."""
-    plain, filled = PictureCache(0, max_side), PictureCache(limit, max_side)
+    prepare = None if side is None else partial(reduced, side=side)
+    plain, filled = PictureCache(0, prepare), PictureCache(limit, prepare)
     filled.fill(files, threads=2)
     for _ in range(2):
         for file in files:
             assert np.array_equal(filled[file], plain[file])
     assert filled.kept_bytes <= limit and len(plain) == 0
-    assert min(plain[files[0]].shape[:2]) == (max_side or 20)
-    expected = {0: 0, 4000: 2 if max_side is None else 5, 10**6: 5}
+    assert min(plain[files[0]].shape[:2]) == (side or 20)
+    expected = {0: 0, 4000: 2 if side is None else 5, 10**6: 5}
     assert len(filled) == expected[limit]
 
 
@@ -252,7 +255,8 @@ def test_a_broken_file_stops_filling(files):
         PictureCache(10**6).fill(files, threads=2)
 
 
-def test_reducing_first_leaves_the_view_for_evaluation(files):
-    """With the view's own size; and no training view is drawn from fewer pixels than it has."""
-    assert np.array_equal(eval_view(PictureCache(0, 8)[files[0]], 8), eval_view(decode(files[0]), 8))
+def test_reducing_takes_nothing_from_a_view(files):
+    """Small images stay as they are; no training view is drawn from fewer pixels than it has."""
+    image = decode(files[0])
+    assert reduced(image, 20) is image
     assert math.isqrt(int(SCALE[0] * needed_side(224) ** 2)) >= 224

@@ -75,7 +75,10 @@ def flags(config: RunConfig) -> list[str]:
 
 
 class Witness:
-    """Runs the loop and notes, for each forward pass, the batch and the layers whose LoRA path was taken."""
+    """Runs the loop and notes, for each forward pass, the batch and the layers whose LoRA path was taken.
+
+    Its hooks need PEFT's own forward, so what it is compared with has `use_fused_lora=False`.
+    """
 
     def __init__(self, config: RunConfig, folder: Path, tasks: tuple[str, ...] = ("sst2",)):
         self.bench = build(config, list(tasks))
@@ -345,7 +348,7 @@ def test_adapters_load_where_this_package_is_absent(tiny_llama, tiny_bert, tmp_p
     """A process with PEFT alone loads a causal and an encoder adapter, and gets the same logits, bit for bit."""
     ids = torch.arange(5, 23).view(2, 9)
     causal, encoder = Witness(settings(tiny_llama), tmp_path / "c"), None
-    train_adapter(settings(tiny_llama), ["sst2"], tmp_path / "causal")
+    train_adapter(settings(tiny_llama, use_fused_lora=False), ["sst2"], tmp_path / "causal")
     config = settings(tiny_bert, lora_target_modules=["qkv"])
     train_adapter(config, ["mnli"], tmp_path / "encoder")
     encoder = build(config, ["mnli"], adapter=tmp_path / "encoder" / "adapter", splits=("dev",)).classifier.eval()
@@ -369,6 +372,19 @@ def test_adapters_load_where_this_package_is_absent(tiny_llama, tiny_bert, tmp_p
     assert torch.equal(found["auto"], expected["causal"])
     assert not torch.equal(found["causal"], untrained)
     torch.testing.assert_close(found["encoder"], expected["encoder"], rtol=1e-5, atol=1e-5)  # another pooling sum
+
+
+@pytest.mark.parametrize("method", ["lora", "copra"])
+def test_one_pass_ends_where_pefts_own_does(tiny_llama, tmp_path, method):
+    """The default computes adapted layers in one pass: eight steps of AdamW at 0.01 on float32's rounding."""
+    found = []
+    for fused in (True, False):
+        config = settings(tiny_llama, method=method, lora_dropout=0.0, use_fused_lora=fused)
+        train_adapter(config, ["sst2"], tmp_path / str(fused))
+        weights = load_file(tmp_path / str(fused) / "adapter" / "adapter_model.safetensors")
+        found.append(torch.cat([weights[name].flatten() for name in sorted(weights)]))
+    assert settings(tiny_llama).train.use_fused_lora and not torch.equal(*found)
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-4
 
 
 def test_the_reported_metrics_are_the_saved_adapters(finished):
@@ -396,7 +412,7 @@ def test_tasks_do_not_see_each_other(tiny_llama, tmp_path):
 
 def test_joint_trains_one_adapter_on_all_tasks(tiny_llama, tmp_path):
     """--joint: the tasks' micro-batches take turns, and the one adapter is evaluated on each."""
-    config = settings(tiny_llama, tasks=["sst2", "wic"], joint=True, output_dir=str(tmp_path))
+    config = settings(tiny_llama, tasks=["sst2", "wic"], joint=True, use_fused_lora=False, output_dir=str(tmp_path))
     assert recipe(flags(config)) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["sst2+wic"]
     result = read_result(tmp_path / "sst2+wic" / "result.json")
