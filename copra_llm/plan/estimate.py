@@ -126,6 +126,8 @@ def _work(config: RunConfig, cluster: ClusterSettings, architecture, at: Layout)
         autocast=at.mixed and not at.casts,
         cast=at.casts,
         dropout=cluster.device == "cpu",
+        # The hooks by which ZeRO-3 gathers parameters want every piece of a layer called.
+        fused=train.use_fused_lora and at.backend != "zero3",
     )
     return trace(architecture, config.model.dtype, config.lora, config.model.attn_implementation, batch)
 

@@ -90,6 +90,8 @@ class Batch:
     """Weights and adapter in bfloat16, as FSDP2 and ZeRO do with mixed precision."""
     dropout: bool
     """Attention's dropout keeps its matrix (on CPUs)."""
+    fused: bool
+    """Adapted linear layers in one pass (`fused_linear.py`), as the loop does where it can."""
 
 
 def trace(config: PreTrainedConfig, dtype: str, lora: LoraSettings, attention: str | None, batch: Batch) -> Work:
@@ -172,7 +174,7 @@ def _run(config, dtype: str, lora: LoraSettings, attention: str | None, batch: B
         base.model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         base.model.disable_input_require_grads()
     model.train()
-    gates = LayerGates(model)
+    gates = LayerGates(model, fused=batch.fused)
     mode = FakeTensorMode()
     _make_fake(model, mode)
     mask = [not first_only or i == 0 for i in range(gates.num_layers)]

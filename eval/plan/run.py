@@ -3,7 +3,8 @@
     python eval/plan/run.py [--models minilm smollm2]       (needs $COPRA_DATA with mtl15/imdb and instruct/alpaca)
 
 Every run is a process of its own with one thread: the peak of its resident memory above what it was before the model
-was loaded, parameters, files, and the user-mode CPU seconds of its steps after the first (the machine may be shared).
+was loaded, what of it stays between steps, parameters, files, and the user-mode CPU seconds of its steps after the
+first (the machine may be shared).
 The C library is told to give large blocks back when they are freed (MALLOC_MMAP_THRESHOLD_), since it otherwise keeps
 them, and resident memory would say how it fills its heap. Rows are full: texts longer than --max_length, conversations
 packed.
@@ -52,6 +53,17 @@ def resident(peak: bool = False) -> int:
     return int(line.split()[1]) * 1024
 
 
+def out_of_the_file(model) -> None:
+    """Copy weights that are views of the file that they were read from, which lets go of it.
+
+    As long as one is, the pages of all that were ever read count as resident, those too of weights that were quantised
+    on the way. The system can take them back at any time: they are no need of the run.
+    """
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.clone()
+
+
 def measured(values: dict) -> dict:
     """Train, in this process."""
     from accelerate import Accelerator
@@ -66,15 +78,16 @@ def measured(values: dict) -> dict:
     bench = build(config, config.data.tasks, splits=("train",))
     if config.train.gradient_checkpointing:
         train.checkpoint_activations(bench.base.model)
+    out_of_the_file(bench.classifier)
     lengths = [len(row) for split in bench.splits["train"].values() for row in split.encoded]
-    marks: list[float] = []
+    marks: list[tuple[float, int]] = []
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading reads files, which training does not
 
     class Bar:
         """Stands where the progress bar does: the loop tells it of every step."""
 
         def update(self):
-            marks.append(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+            marks.append((resource.getrusage(resource.RUSAGE_SELF).ru_utime, resident()))
 
         def set_postfix(self, **shown):
             pass
@@ -95,7 +108,8 @@ def measured(values: dict) -> dict:
         "adapter_file_bytes": (checkpoint / "adapter_model.safetensors").stat().st_size,
         "checkpoint_bytes": sum(f.stat().st_size for f in checkpoint.iterdir()),
         "memory": peak - before,
-        "step_seconds": statistics.median(b - a for a, b in zip(marks, marks[1:], strict=False)),
+        "between_steps": marks[-1][1] - before,
+        "step_seconds": statistics.median(b[0] - a[0] for a, b in zip(marks, marks[1:], strict=False)),
         "rows": len(lengths),
     }
 
@@ -113,6 +127,7 @@ def predicted(values: dict) -> dict:
         "adapter_file_bytes": plan.sizes.adapter_file,
         "checkpoint_bytes": plan.checkpoint,
         "memory": backend.memory.total,
+        "between_steps": backend.memory.base_weights + backend.memory.adapter + backend.memory.optimizer,
         "flops": backend.flops,
     }
 
