@@ -7,7 +7,7 @@ DEMO   ?= demo
 FAULTS ?= runs/faults
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-slow test-gpu test-browser test-flower test-deepspeed faults lint wheel tables clean
+.PHONY: install demo test test-slow fuzz test-gpu test-browser test-flower test-deepspeed faults lint wheel tables clean
 
 install: $(STAMP)
 
@@ -30,6 +30,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Thousands of wrong inputs of every kind, some ten minutes a file; make test draws some dozens of each.
+fuzz: install
+	$(BIN)/python -m pytest -m slow tests/test_fuzz_*.py
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

@@ -13,20 +13,22 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from copra_llm import hub
+from copra_llm.adapter_config import read_adapter_config
 from copra_llm.adapter_files import CONFIG_FILE, HEAD_FILE, RUN_FOLDER, WEIGHTS_FILE
-from copra_llm.errors import InputError
+from copra_llm.errors import InputError, shown
 from copra_llm.results import atomic_folder, write_atomic
+from copra_llm.tensor_file import read_tensors
 
 _PREFIX = "base_model.model."
 
@@ -161,22 +163,9 @@ def load_adapter_weights(path: Path | str) -> AdapterWeights:
         InputError: if it is no LoRA adapter in safetensors, or its files do not fit each other.
     """
     folder = adapter_folder(path)
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{folder / CONFIG_FILE}, line {error.lineno} is not JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{folder / CONFIG_FILE} is not UTF-8 text (byte {error.start})") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{folder} is a {kind} adapter, but must be LORA")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float):
-            raise InputError(f"{folder / CONFIG_FILE}: {key} is {config.get(key)!r}, but must be a number")
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise InputError(f"{folder} has no weights in {WEIGHTS_FILE} (pickled ones are not read); save them anew")
-    tensors, _ = _read(folder / WEIGHTS_FILE)
-    heads, metadata = _read(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else ({}, {})
+    config = read_adapter_config(folder)
+    tensors, _ = read_tensors(folder / WEIGHTS_FILE)
+    heads, metadata = read_head_file(folder)
     pairs: dict[str, dict[str, Tensor]] = {}
     extras = {}
     for key, tensor in tensors.items():
@@ -187,17 +176,10 @@ def load_adapter_weights(path: Path | str) -> AdapterWeights:
             extras[key] = tensor
     factors = {}
     for name, pair in pairs.items():
-        shapes = {k: tuple(v.shape) for k, v in pair.items()}
-        if any(len(shape) != 2 for shape in shapes.values()):
-            raise InputError(f"{folder}: the factors of {name} are no matrices: {shapes}; adapt linear layers")
-        if len(pair) != 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
-            raise InputError(f"{folder}: the factors of {name} do not fit each other: {shapes}")
-        if pair["lora_A"].shape[0] != _rank(config, name):
-            raise InputError(f"{folder}: the factors of {name} have rank {pair['lora_A'].shape[0]}, but "
-                             f"{CONFIG_FILE} says {_rank(config, name)}")  # fmt: skip
+        _check_factors(folder, name, pair, config)
         factors[name] = LoraFactors(pair["lora_A"], pair["lora_B"], _scaling(config, name))
     if not factors:
-        raise InputError(f"{folder / WEIGHTS_FILE} holds no lora_A and lora_B")
+        raise InputError(f"{folder / WEIGHTS_FILE} holds no lora_A and lora_B; give a LoRA adapter of linear layers")
     return AdapterWeights(factors, config, extras, heads, metadata, str(path))
 
 
@@ -210,12 +192,68 @@ def save_adapter_weights(adapter: AdapterWeights, folder: Path | str) -> None:
             save_file(adapter.heads, fresh / HEAD_FILE, metadata=adapter.head_metadata)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def check_places(adapter: AdapterWeights, keys: Collection[str], base_model: str) -> None:
+    """Refuse an adapter of which a model has taken only a part.
+
+    Args:
+        adapter: that was to be attached.
+        keys: of the tensors that the model has for it.
+        base_model: the model's name.
+
+    Raises:
+        InputError: naming the first module that the model lacks.
+    """
+    for name in adapter.factors:
+        if f"{_PREFIX}{name}.lora_A.weight" not in keys:
+            raise InputError(f"{adapter.source} adapts {name}, which {base_model} does not have; give the base that "
+                             "it was trained on with --model_name_or_path")  # fmt: skip
+
+
+def read_head_file(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """An encoder's heads `{"<task>.weight": (num_labels, hidden)}` beside an adapter, and their metadata.
+
+    Raises:
+        InputError: if a head is no matrix of finite numbers, or the labels are not lists of texts by task.
+    """
+    path = folder / HEAD_FILE
+    if not path.is_file():
+        return {}, {}
+    heads, metadata = read_tensors(path)
+    for key, head in heads.items():
+        if head.ndim != 2 or not head.is_floating_point() or not bool(torch.isfinite(head).all()):
+            raise InputError(f"{path}: {shown(key)} is no matrix of finite numbers; save or fetch the adapter again")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}); save or fetch it again") from None
+        labels = json.loads(metadata.get("labels", "{}"))
+        good = isinstance(labels, dict) and all(isinstance(words, list) for words in labels.values())
+    except (ValueError, RecursionError):
+        good = False
+    if not good:
+        raise InputError(f"{path}: its labels are no lists by task; save or fetch the adapter again")
+    return heads, metadata
+
+
+def _check_factors(folder: Path, name: str, pair: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Refuse what is no pair of factors of the rank that the config gives the module."""
+    where = f"{folder}: the factors of {shown(name)}"
+    shapes = {k: tuple(v.shape) for k, v in pair.items()}
+    kinds = {str(v.dtype).removeprefix("torch.") for v in pair.values()}
+    if not re.fullmatch(r"[\w.-]{1,512}", name):
+        raise InputError(f"{where} bear no name that a module can have; save or fetch the adapter again")
+    if any(len(shape) != 2 for shape in shapes.values()):
+        raise InputError(f"{where} are no matrices: {shapes}; adapt linear layers")
+    if len(pair) != 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
+        raise InputError(f"{where} do not fit each other: {shapes}; save or fetch the adapter again")
+    if 0 in (pair["lora_A"].shape[1], pair["lora_B"].shape[0]):
+        raise InputError(f"{where} have no entries: {shapes}; save or fetch the adapter again")
+    if not kinds.issubset(_TYPES):
+        raise InputError(f"{where} are of type {', '.join(sorted(kinds))}; save them as one of {', '.join(_TYPES)}")
+    if pair["lora_A"].shape[0] != _rank(config, name):
+        raise InputError(f"{where} have rank {pair['lora_A'].shape[0]}, but {CONFIG_FILE} says {_rank(config, name)}; "
+                         "save or fetch the adapter again")  # fmt: skip
+
+
+_TYPES = ("float32", "bfloat16", "float16", "float64")
+"""Of factors."""
 
 
 def _rank(config: dict[str, Any], name: str) -> int:

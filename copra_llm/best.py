@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from copra_llm.backends import Backend
-from copra_llm.checkpoint import BEST, Progress, load_weights, save_adapter
+from copra_llm.checkpoint import BEST, load_weights, save_adapter
 from copra_llm.processes import on_main
+from copra_llm.progress import Progress
 from copra_llm.settings import TrainSettings
 
 

@@ -1,7 +1,8 @@
 """What does a run leave on disk, and how does it go on after a stop?
 
 A checkpoint is a folder that appears whole or not at all: the adapter as anybody loads it, the optimizer's
-state, the progress with the settings it was made under, and a manifest by which later damage shows. Data order, masks
+state, the progress with the settings it was made under, and a manifest by which later damage shows; JSON and
+safetensors, so that reading another's runs no code. Data order, masks
 and dropout are functions of (seed, step), so nothing else has to be saved; and the number of processes may change, as
 long as a step has as many examples.
 """
@@ -9,73 +10,43 @@ long as a step has as many examples.
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import os
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
 
-from copra_llm.adapter_files import CONFIG, RESULT, WEIGHTS_FILE
+from copra_llm.adapter_files import CONFIG, HEAD_FILE, RESULT, WEIGHTS_FILE
 from copra_llm.classifiers import read_heads
 from copra_llm.config import RunConfig, dump_yaml
-from copra_llm.errors import InputError
+from copra_llm.errors import InputError, shown
 from copra_llm.initial import read_for_training, write_for_base
 from copra_llm.locks import FolderLock
 from copra_llm.manifest import MANIFEST, damage, write_manifest
+from copra_llm.optimizer_file import OPTIMIZER, read_optimizer, write_optimizer
 from copra_llm.processes import on_main
+from copra_llm.progress import STATE, Progress, read_state, write_state
 from copra_llm.results import atomic_folder, temporary_of, write_atomic
 from copra_llm.saved_runs import ADAPTER, checkpoint_folder
 from copra_llm.settings import WITHOUT_EFFECT
+from copra_llm.tensor_file import read_tensors
 
 PREEMPTED = "PREEMPTED"
 """The file that says that a run was stopped."""
 BEST = "best"
 """The folder of the best adapter so far, while a run that wants it goes on."""
-STATE, OPTIMIZER = "state.json", "optimizer.pt"
-"""What a checkpoint holds beside the adapter."""
-
 # May differ between a checkpoint's run and the one that resumes it: the folder itself is one task's.
 _FREE_ON_RESUME = WITHOUT_EFFECT | {"tasks"}
 # May differ where their product with the number of processes does not.
 _MAKE_A_STEP = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
-
-
-@dataclass
-class Progress:
-    """Where a run is, and what it has logged."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    log: list[dict[str, float]] = field(default_factory=list)
-    """One entry every `logging_steps`: step, loss, learning_rate, grad_norm
-    (of the last step, before clipping), activation_prob, active_layers."""
-    dev: list[dict[str, float]] = field(default_factory=list)
-    """One entry every `eval_steps`: step and the dev metrics."""
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    """One entry an answer to `sample_prompts`: step, prompt and text."""
-    skipped: int = 0
-    """Steps left out because their loss was not finite."""
-    unlogged: tuple[float, int] = (0.0, 0)
-    """Sum and number of the losses since the last entry of the log."""
-    seconds: float = 0.0
-    """Time in the loop so far, evaluation and saving included."""
-    examples_a_step: int | None = None
-    """Examples of an optimizer step on all processes; None: of a checkpoint from before this was noted."""
-    sent: tuple[int, int] = (0, 0)
-    """Bytes that this process has put into the exchange of gradients, and the number of steps that were counted."""
-    stream_batch_size: int | None = None
-    """Examples of a micro-batch of the stream; that of the run's first start, whatever its batches are later."""
 
 
 def save_adapter(classifier, folder: Path) -> None:
@@ -106,11 +77,8 @@ def save_checkpoint(accelerator, classifier, backend, config: RunConfig, folder:
     def write() -> None:
         with atomic_folder(checkpoint_folder(folder, progress.step)) as fresh:
             _write_adapter(whole, fresh)
-            # By way of memory: where the disk is full, torch's own writer says that a position is unexpected.
-            buffer = io.BytesIO()
-            torch.save(optimizer_state, buffer)
-            (fresh / OPTIMIZER).write_bytes(buffer.getbuffer())
-            write_atomic(fresh / STATE, json.dumps({"config": config.flat(), **vars(progress)}))
+            write_optimizer(optimizer_state, fresh)
+            write_state(fresh, config.flat(), progress)
             write_manifest(fresh)
 
     with backend.whole(classifier) as whole:
@@ -118,15 +86,42 @@ def save_checkpoint(accelerator, classifier, backend, config: RunConfig, folder:
 
 
 def load_weights(classifier, folder: Path) -> None:
-    """Give a model the adapter that it, or one made like it, has saved in a folder, and an encoder its heads."""
-    tensors = read_for_training(classifier.model, load_file(folder / WEIGHTS_FILE))
+    """Give a model the adapter that it, or one made like it, has saved in a folder, and an encoder its heads.
+
+    Raises:
+        InputError: if the files are torn, of an adapter of other modules or shapes, or not all numbers are finite.
+    """
+    saved, _ = read_tensors(folder / WEIGHTS_FILE)
+    own = get_peft_model_state_dict(classifier.model, save_embedding_layers=False)
+    tensors = read_for_training(classifier.model, saved)
+    _check_same(folder / WEIGHTS_FILE, tensors, own)
+    heads = read_heads(folder)
+    _check_same(folder / HEAD_FILE, heads, classifier.heads if heads else {})
     set_peft_model_state_dict(classifier.model, tensors)
-    for task, head in read_heads(folder).items():
+    for task, head in heads.items():
         classifier.heads[task].data.copy_(head)
 
 
+def _check_same(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not for these."""
+    for key in sorted({*saved.keys(), *own.keys()}):
+        a, b = (tuple(tensors[key].shape) if key in tensors else "nothing" for tensors in (saved, own))
+        if a != b:
+            raise InputError(f"{path} has {a} for {shown(key)}, but this run has {b}; give another checkpoint, or "
+                             "start anew elsewhere")  # fmt: skip
+        if not bool(torch.isfinite(saved[key]).all()):
+            raise InputError(f"{path}: {key} has numbers that are not finite; give an earlier checkpoint")
+
+
 def resume(
-    accelerator: Accelerator, config: RunConfig, folder: Path, classifier, optimizer, scheduler, examples_a_step: int
+    accelerator: Accelerator,
+    config: RunConfig,
+    folder: Path,
+    classifier,
+    optimizer,
+    scheduler,
+    examples_a_step: int,
+    total_steps: int,
 ) -> Progress:
     """Load the checkpoint that the config names into the parts; a fresh `Progress` if there is none.
 
@@ -137,11 +132,15 @@ def resume(
     checkpoint = on_main(accelerator, lambda: _chosen_checkpoint(config.train.resume_from_checkpoint, folder))
     if checkpoint is None:
         return Progress(examples_a_step=examples_a_step, stream_batch_size=batch_size)
-    before, progress = _read_state(checkpoint)
+    before, progress = read_state(checkpoint)
     examples = None if progress.examples_a_step is None else (progress.examples_a_step, examples_a_step)
     refuse_other_settings(checkpoint, before, config, examples)
+    if progress.step > total_steps or examples_a_step % (progress.stream_batch_size or 1):
+        raise InputError(f"{checkpoint / STATE} is of step {progress.step} with batches of "
+                         f"{progress.stream_batch_size}, but this run has {total_steps} steps of {examples_a_step} "
+                         "examples; give a checkpoint of a run like this one")  # fmt: skip
     load_weights(classifier, checkpoint)
-    optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER, weights_only=True))
+    read_optimizer(optimizer, checkpoint)
     progress.examples_a_step = examples_a_step
     progress.stream_batch_size = progress.stream_batch_size or batch_size
     advance(scheduler, progress.step)
@@ -257,25 +256,23 @@ def _newest_whole(folder: Path) -> Path | None:
 
 def broken(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None: it is whole."""
-    if (checkpoint / MANIFEST).is_file():
-        return damage(checkpoint)
-    # From before there were manifests: what can be read counts as whole.
-    readers = {STATE: lambda path: _read_state(path.parent), WEIGHTS_FILE: load_file,
-               OPTIMIZER: lambda path: torch.load(path, weights_only=True, map_location="cpu")}  # fmt: skip
+    if (checkpoint / MANIFEST).is_file() and (reason := damage(checkpoint)) is not None:
+        return reason
+    # Sums say that nothing was changed since; that it can be read, only its readers do.
+    readers = {STATE: lambda path: read_state(path.parent), WEIGHTS_FILE: read_tensors, OPTIMIZER: read_tensors}
     for name, read in readers.items():
         if not (checkpoint / name).is_file():
-            return f"{name} is missing"
+            pickled = " (pickled ones are not read)" if name == OPTIMIZER and (checkpoint / _PICKLED).is_file() else ""
+            return f"{name} is missing{pickled}"
         try:
             read(checkpoint / name)
-        except Exception as error:  # a torn file makes its reader raise anything
-            return f"{name} cannot be read ({type(error).__name__}: {error})"
+        except InputError as error:
+            return f"{name} cannot be read ({error})"
     return None
 
 
-def _read_state(checkpoint: Path) -> tuple[dict[str, Any], Progress]:
-    """The settings that a checkpoint was made under, and its progress."""
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    return state.pop("config"), Progress(**state)
+_PICKLED = "optimizer.pt"
+"""Where earlier versions kept the optimizer's state."""
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from copra_llm.adapter_files import HEAD_FILE
+from copra_llm.adapters import read_head_file
 from copra_llm.errors import InputError
 from copra_llm.models import Base, whole_base
 from copra_llm.tasks.mtl15 import Example, Task
@@ -272,11 +273,13 @@ def make_head(base: Base, task: Task, kind: str, seed: int) -> Tensor:
 
 
 def read_heads(folder: Path) -> dict[str, Tensor]:
-    """The heads saved beside an adapter, `{}` if there are none."""
-    from safetensors.torch import load_file
+    """The heads saved beside an adapter, `{}` if there are none.
 
-    path = Path(folder) / HEAD_FILE
-    return {key.removesuffix(".weight"): w for key, w in load_file(path).items()} if path.is_file() else {}
+    Raises:
+        InputError: as `adapters.read_head_file`.
+    """
+    heads, _ = read_head_file(Path(folder))
+    return {key.removesuffix(".weight"): head for key, head in heads.items()}
 
 
 def _pad(rows: list[list[int]], pad_id: int, *, left: bool) -> dict[str, Tensor]:

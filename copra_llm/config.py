@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from copra_llm.errors import InputError, nearest
+from copra_llm.errors import InputError, named, nearest, shown
 from copra_llm.settings import (
     DataSettings,
     HubSettings,
@@ -26,7 +26,7 @@ from copra_llm.settings import (
     ScheduleSettings,
     TrainSettings,
 )
-from copra_llm.yaml_file import read_yaml, typed
+from copra_llm.yaml_file import LARGEST, read_yaml, typed
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ class RunConfig:
     """Of runs on conversations alone."""
     image: ImageSettings | None = None
     """Of runs on images alone."""
+
+    def __post_init__(self):
+        for key, value in self.flat().items():
+            for entry in value if isinstance(value, list) else [value]:
+                if isinstance(entry, int) and abs(entry) > LARGEST:
+                    raise InputError(f"--{key} is {shown(entry)}, but must lie within 2**64")
+                if isinstance(entry, str) and any("\ud800" <= letter <= "\udfff" for letter in entry):
+                    raise InputError(f"--{key} is {shown(entry)}, but must be UTF-8 text")
 
     def flat(self) -> dict[str, Any]:
         """The settings under the flags' names, as `config.yaml` and the result record hold them."""
@@ -111,7 +119,7 @@ def parse_run_config(
     parser.error = _raise_input_error
     parser.add_argument("--config", metavar="FILE", help="Flat YAML with the names below; flags win over it.")
     parser.set_defaults(**defaults or {})
-    names = sorted({f.name for group in groups for f in dataclasses.fields(group)})
+    names = sorted({name for group in groups for f in dataclasses.fields(group) for name in (f.name, *_aliases(f))})
     _refuse_unknown_flags(argv, [*names, "config", "help"], negated=[n for n in names if f"--no_{n}" in argv])
     try:
         config_file = _flag_value(argv, "config")
@@ -120,10 +128,14 @@ def parse_run_config(
         *parts, _ = parser.parse_args_into_dataclasses(args=argv)
     except InputError:
         raise
-    except (ValueError, TypeError, argparse.ArgumentError) as error:
-        raise InputError(f"command line: {error}; see --help") from None
+    except (ValueError, TypeError, OverflowError, argparse.ArgumentError) as error:
+        _raise_input_error(str(error))
     names = {group: part.name for group, part in zip(ALL, dataclasses.fields(RunConfig), strict=True)}
     return RunConfig(**{names[group]: part for group, part in zip(groups, parts, strict=True)})
+
+
+def _aliases(setting: dataclasses.Field) -> list[str]:
+    return [flag.removeprefix("--") for flag in setting.metadata.get("aliases", ()) if "_" in flag]
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -134,7 +146,7 @@ def dump_yaml(config: RunConfig) -> str:
 
 
 def _raise_input_error(message: str) -> None:
-    raise InputError(f"command line: {message}; see --help")
+    raise InputError(f"command line: {message if len(message) < 400 else message[:400] + '...'}; see --help")
 
 
 def _refuse_unknown_flags(argv: list[str], known: list[str], negated: list[str]) -> None:
@@ -143,14 +155,14 @@ def _refuse_unknown_flags(argv: list[str], known: list[str], negated: list[str])
             continue
         flag = word[2:].split("=", 1)[0].replace("-", "_")
         if flag not in known and flag.removeprefix("no_") not in negated:
-            raise InputError(f"there is no flag --{flag}{nearest(flag, known)}; see --help")
+            raise InputError(f"there is no flag --{flag[:100]}{nearest(flag[:100], known)}; see --help")
 
 
 def _flag_value(argv: list[str], name: str) -> str | None:
     for i, word in enumerate(argv):
         if word == f"--{name}":
             if i + 1 == len(argv):
-                raise InputError(f"--{name} needs a value")
+                raise InputError(f"--{name} needs a value; give a YAML file of settings")
             return argv[i + 1]
         if word.startswith(f"--{name}="):
             return word.split("=", 1)[1]
@@ -173,7 +185,10 @@ def typed_settings(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         InputError: for an unknown name or a value of the wrong type.
     """
     types = {name: hint for group in ALL for name, hint in get_type_hints(group).items()}
+    own = {alias: f.name for group in ALL for f in dataclasses.fields(group) for alias in _aliases(f)}
+    values = {own.get(key, key) if isinstance(key, str) else key: value for key, value in values.items()}
     for key in values:
         if key not in types:
-            raise InputError(f'{path}: there is no setting "{key}"{nearest(str(key), types)}')
+            hint = nearest(str(key)[:100], types)
+            raise InputError(f"{path}: there is no setting {named(key)}{hint or '; see --help'}")
     return {key: typed(path, key, value, types[key]) for key, value in values.items()}

@@ -41,6 +41,27 @@ def nearest(word: str, known) -> str:
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
+def shown(value: object) -> str:
+    """A value as a sentence shows it: whole where it is short, else its beginning; of something nested its upper parts.
+
+    A file of settings can be small and what it stands for beyond measure.
+    """
+    import reprlib
+
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes no numeral of thousands of digits
+        return "a number without measure"
+
+
+def named(value: object, quote: str = '"') -> str:
+    """A name that somebody else has chosen, in quotes; as `shown` where it is no short line of text."""
+    plain = isinstance(value, str) and len(value) <= 80 and value.isprintable()
+    return f"{quote}{value}{quote}" if plain else shown(value)
+
+
 def exit_on_input_error(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main`: an `InputError` becomes one line on stderr and the return value 2, `Preempted` 143.
 

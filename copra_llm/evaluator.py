@@ -87,12 +87,8 @@ class AdapterEvaluator:
 
     def environment(self) -> dict:
         """What a record says of machine, libraries and base model."""
-        source, fingerprint = self.bench.base.source.name, self.bench.base.fingerprint
         return environment(
-            device=self.accelerator.device.type,
-            threads=torch.get_num_threads(),
-            base_model=source,
-            base_fingerprint=fingerprint,
+            device=self.accelerator.device.type, threads=torch.get_num_threads(), **self.bench.base.about()
         )
 
     def _set_heads(self, weights: AdapterWeights) -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.serialization import split_torch_state_dict_into_shards
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from copra_llm.adapters import AdapterWeights, adapter_folder, load_adapter_weights
 from copra_llm.errors import InputError
-from copra_llm.gguf import quiet_loading
+from copra_llm.gguf import UNREADABLE, quiet_loading
 from copra_llm.image_inputs import processor_file
 from copra_llm.models import base_config, dtype_of, kind_of, load_adapter, load_base
 from copra_llm.results import atomic_folder
@@ -79,14 +79,11 @@ def fold(
     # In float32 whatever is written: one rounding, of the sum.
     base = load_base(settings)
     model = load_adapter(base, folder)
-    _check_fit(model, weights, base.source.name)
     if base.kind != "dual":  # it has no output embedding
         _untie(model)
     folded = _merge(model, weights.source, progress).to(wanted)
     _check_finite(folded, weights.source, wanted)
-    # Read anew: the loaded base's has been given a padding token.
-    named = folder if (folder / "tokenizer_config.json").is_file() else base.source.load_from
-    tokenizer = AutoTokenizer.from_pretrained(named, trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(folder, base.source.load_from, trust_remote_code)
     with atomic_folder(Path(output)) as fresh, quiet_loading():
         folded.save_pretrained(fresh, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(fresh)
@@ -96,6 +93,20 @@ def fold(
         shards = len(list(fresh.glob("*.safetensors")))
     parameters = sum(p.numel() for p in folded.parameters())
     return Folded(base.source.name, str(wanted).removeprefix("torch."), parameters, shards)
+
+
+def _tokenizer(folder: Path, load_from: str, trust_remote_code: bool):
+    """The adapter's, or else the base's, read anew: the loaded base's has been given a padding token."""
+    own = (folder / "tokenizer_config.json").is_file()
+    try:
+        # Who trusts the base's code has said nothing of the adapter's.
+        return AutoTokenizer.from_pretrained(
+            folder if own else load_from, trust_remote_code=trust_remote_code and not own
+        )
+    except (*UNREADABLE, TypeError, AttributeError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise InputError(f"the tokenizer in {folder if own else load_from} could not be loaded ({first}); mend or "
+                         "remove its files") from None  # fmt: skip
 
 
 def _check_shard_size(size: str) -> None:
@@ -119,15 +130,6 @@ def _check_base(settings: ModelSettings, weights: AdapterWeights, dtype: str | N
         raise InputError(f"the base model {name} is no causal or seq2seq language model, and its head or pooling would "
                          "be lost; load the adapter with PEFT")  # fmt: skip
     return dtype_of(dtype) if dtype is not None else config.dtype or torch.float32
-
-
-def _check_fit(model: PeftModel, weights: AdapterWeights, base_model: str) -> None:
-    """PEFT leaves out in silence what it finds no place for."""
-    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
-    for name in weights.factors:
-        if f"base_model.model.{name}.lora_A.weight" not in loaded:
-            raise InputError(f"{weights.source} adapts {name}, which {base_model} does not have; give the base that "
-                             "it was trained on with --model_name_or_path")  # fmt: skip
 
 
 def _untie(model: PeftModel) -> None:

@@ -51,8 +51,9 @@ class HubId:
 
 def parse_id(text: str) -> HubId | None:
     """`owner/name` or `owner/name@revision`; None for what is neither."""
-    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?", text)
-    return HubId(match[1], match[2]) if match else None
+    match = re.fullmatch(r"(\w[\w.-]{0,95}/\w[\w.-]{0,95})(?:@(\w[\w./+-]{0,255}))?", text)
+    # The Hub's cache keeps a file under the revision's name: one that goes upwards is none of git's either.
+    return HubId(match[1], match[2]) if match and ".." not in text else None
 
 
 # --- fetching ---------------------------------------------------------------------------------------------

@@ -106,4 +106,6 @@ def read_for_training(model: PeftModel, tensors: dict[str, Tensor]) -> dict[str,
     if start is None:
         return tensors
     # The other half was made again with the model, from the base and the seed.
-    return {key: tensor[tuple(map(slice, start[key].shape))].contiguous() for key, tensor in tensors.items()}
+    halves = {key: tensor[tuple(map(slice, start[key].shape))].contiguous() for key, tensor in tensors.items()
+              if key in start and tensor.ndim == start[key].ndim}  # fmt: skip
+    return tensors | halves

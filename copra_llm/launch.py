@@ -19,7 +19,7 @@ from copra_llm.errors import InputError
 from copra_llm.processes import on_main
 from copra_llm.settings import TrainSettings
 from copra_llm.sharded import ShardedBase, check_fsdp, fsdp_plugin, load_on_all
-from copra_llm.zero import Zero, check_zero, load_whole
+from copra_llm.zero import Zero, check_zero, choose_loading
 
 
 def process_group(settings: TrainSettings) -> InitProcessGroupKwargs:
@@ -31,6 +31,11 @@ def process_group(settings: TrainSettings) -> InitProcessGroupKwargs:
     return InitProcessGroupKwargs(timeout=timeout)
 
 
+def mixed_precision(settings: TrainSettings) -> str:
+    """What Accelerate is told of it: under DeepSpeed nothing, which would cast the whole model and not autocast."""
+    return "no" if _asked("ACCELERATE_USE_DEEPSPEED") else settings.mixed_precision
+
+
 def check_launch(accelerator: Accelerator, config: RunConfig) -> None:
     """Refuse a launch that cannot train as it says; to be asked before the base is loaded.
 
@@ -39,9 +44,7 @@ def check_launch(accelerator: Accelerator, config: RunConfig) -> None:
     """
     if _wants_zero(accelerator):
         on_main(accelerator, lambda: check_zero(accelerator, config))
-        # Accelerate tells transformers of ZeRO-3 whatever this flag says.
-        if not accelerator.deepspeed_plugin.zero3_init_flag:
-            load_whole()
+        choose_loading(accelerator.deepspeed_plugin, config.model.dtype)
     elif _wants_fsdp(accelerator):
         on_main(accelerator, lambda: check_fsdp(fsdp_plugin(accelerator)))
         load_on_all()

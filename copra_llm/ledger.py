@@ -22,6 +22,7 @@ import numpy as np
 
 from copra_llm.coalitions import METRICS, CoalitionGame
 from copra_llm.errors import InputError
+from copra_llm.quantised_base import quantised_as
 from copra_llm.results import pack_bits, write_atomic
 
 
@@ -146,9 +147,11 @@ def identity(game: CoalitionGame) -> dict[str, Any]:
     """What makes a game's values what they are, as JSON values: for the first line of its ledger."""
     examples = hashlib.sha256(repr((game.split.encoded, game.split.labels)).encode())
     bench = game.evaluator.bench
+    held = quantised_as(bench.base.model)
     return {
         "base_model": bench.base.source.name,
         "base_fingerprint": bench.base.fingerprint,
+        **({} if held is None else {"base_quantised": held}),
         "dtype": game.evaluator.config.model.dtype,
         "adapter": game.weights.fingerprint(),
         "task": game.split.task.name,

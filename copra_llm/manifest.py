@@ -12,9 +12,13 @@ import hashlib
 import json
 from pathlib import Path
 
+from copra_llm.json_file import read_json
+from copra_llm.paths import is_below
 from copra_llm.results import write_atomic
 
 MANIFEST = "manifest.json"
+_LONGEST_NAME = 200
+"""Of a file, folders included, in characters: of UTF-8 no more bytes than a file system takes."""
 
 
 def write_manifest(folder: Path) -> None:
@@ -33,10 +37,12 @@ def damage(folder: Path) -> str | None:
     Files that the manifest does not name are no damage.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = read_json(folder / MANIFEST, "save it anew")["files"]
         noted = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is no manifest"
+    if not all(map(is_below, files)) or max(map(len, files), default=0) > _LONGEST_NAME:
+        return f"{MANIFEST} names files that are not in the folder"
     for name, size, _ in noted:
         if not (folder / name).is_file():
             return f"{name} is missing"

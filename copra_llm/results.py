@@ -25,7 +25,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from copra_llm.errors import InputError
+from copra_llm.errors import InputError, shown
+from copra_llm.json_file import read_json
+from copra_llm.record_kinds import record_fault
 
 SCHEMA = 1
 
@@ -64,20 +66,19 @@ def read_result(path: Path) -> Result:
     Raises:
         InputError: if the file is missing, is no record, or has a newer schema.
     """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path} is no file; give a result.json that a run has written") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); give a result record") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno} is not JSON ({error.msg}); give a result record") from None
+    record = read_json(path, "give a result.json that a run has written")
     kinds = {"schema": int, "protocol": str, "config": dict, "metrics": dict}
     missing = [k for k, kind in kinds.items() if not (isinstance(record, dict) and isinstance(record.get(k), kind))]
     if missing:
         raise InputError(f"{path} is not a result record: it lacks {missing[0]}; give one that a run has written")
+    if (wrong := record_fault(record)) is not None:
+        raise InputError(
+            f"{path}: {shown(wrong)} is not what a run writes there; run it again, or leave the record out"
+        )
     if record["schema"] > SCHEMA:
-        raise InputError(f"{path} has schema {record['schema']}, this version reads up to {SCHEMA}; update copra_llm")
+        raise InputError(
+            f"{path} has schema {shown(record['schema'])}, this version reads up to {SCHEMA}; update copra_llm"
+        )
     record["metrics"] = {k: math.nan if value is None else value for k, value in record["metrics"].items()}
     known = Result.__dataclass_fields__
     return Result(**{key: value for key, value in record.items() if key in known})
@@ -187,6 +188,7 @@ def environment(**more: Any) -> dict[str, Any]:
         "versions": versions,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "git_commit": _git_commit(),
+        "backend": _backend(),
         **more,
     }
 
@@ -198,6 +200,16 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _backend() -> str:
+    """What the process was launched with, as `accelerate launch` tells it: "ZeRO-2", "FSDP2", "DDP", "one process"."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return "one process"
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return f"FSDP{os.environ.get('FSDP_VERSION', '1')}" if sharded else "DDP"
 
 
 def _git_commit() -> str | None:

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from copra_llm.build import Workbench
-from copra_llm.checkpoint import Progress
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.generate import check_lengths, generate, prompts_of, question, stop_of
+from copra_llm.progress import Progress
 from copra_llm.settings import InstructSettings
 from copra_llm.tasks.instruct.encode import Encoder
 from copra_llm.tasks.instruct.files import ENDINGS

@@ -12,15 +12,20 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from copra_llm.errors import InputError, nearest
+from copra_llm.errors import InputError, nearest, shown
 from copra_llm.schedule import METHODS, Schedule
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field whose help text serves both `--help` and the reader."""
+def setting(default: Any, help: str, alias: str | None = None) -> Any:
+    """A dataclass field whose help text serves both `--help` and the reader; `alias` is another name for it."""
+    metadata = {"help": help} | ({"aliases": [f"--{alias}", f"--{alias.replace('_', '-')}"]} if alias else {})
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+FLOATS = ("float32", "bfloat16", "float16")
+"""Types that a base can be loaded and computed in."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,25 @@ class ModelSettings:
     load_in_4bit: bool = setting(False, "Hold the frozen base in 4 bits (QLoRA; needs bitsandbytes).")
     load_in_8bit: bool = setting(False, "Hold the frozen base in 8 bits (needs bitsandbytes).")
     bnb_4bit_quant_type: str = setting("nf4", "4-bit numbers: nf4 or fp4.")
-    bnb_4bit_use_double_quant: bool = setting(True, "Quantise the 4-bit blocks' scales too.")
+    bnb_4bit_use_double_quant: bool = setting(
+        True, "Quantise the 4-bit blocks' scales too; TRL's name for it is accepted.", alias="use_bnb_nested_quant"
+    )
+    bnb_4bit_compute_dtype: str | None = setting(None, "Type of 4-bit layers' products; unset: --dtype.")
+    bnb_4bit_quant_storage: str | None = setting(
+        None, "Type in which 4-bit numbers are packed; ZeRO-3 and FSDP2 need that of training; unset: uint8."
+    )
 
     def __post_init__(self):
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("--load_in_4bit and --load_in_8bit were both given; choose one")
         if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
             raise InputError(f'--bnb_4bit_quant_type is "{self.bnb_4bit_quant_type}", but must be nf4 or fp4')
+        for name, types in (("bnb_4bit_compute_dtype", FLOATS), ("bnb_4bit_quant_storage", ("uint8", *FLOATS))):
+            value = getattr(self, name)
+            if value is not None and value not in types:
+                raise InputError(f'--{name} is "{value}", but must be one of {", ".join(types)}')
+            if value is not None and not self.load_in_4bit:
+                raise InputError(f"--{name} is {value}, but nothing is held in 4 bits; give --load_in_4bit too")
 
 
 @dataclass(frozen=True)
@@ -151,6 +168,10 @@ class DataSettings:
     def __post_init__(self):
         if not self.tasks:
             raise InputError("--tasks is empty; name at least one task")
+        # Each becomes the name of a folder.
+        bad = next((task for task in self.tasks if not re.fullmatch(r"\w[\w.+-]{0,99}", task)), None)
+        if bad is not None:
+            raise InputError(f"--tasks names {shown(bad)}, but a task's name must be of letters, digits, _, -, + and .")
         twice = next((task for i, task in enumerate(self.tasks) if task in self.tasks[:i]), None)
         if twice is not None:
             raise InputError(f"--tasks names {twice} twice; name each task once")

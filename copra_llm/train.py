@@ -53,7 +53,7 @@ from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, Preempted
 from copra_llm.evaluate import evaluate, load_metrics
 from copra_llm.gates import LayerGates
-from copra_llm.launch import backend_of, check_launch, check_same_base, process_group
+from copra_llm.launch import backend_of, check_launch, check_same_base, mixed_precision, process_group
 from copra_llm.liger import apply_liger, check_liger
 from copra_llm.masks import sample_mask
 from copra_llm.neftune import noisy_embeddings
@@ -201,7 +201,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
     scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, whole, floor)
     advance(scheduler, first)
     examples = _examples_a_step(config, accelerator)
-    progress = resume(accelerator, config, folder, classifier, optimizer, scheduler, examples)
+    progress = resume(accelerator, config, folder, classifier, optimizer, scheduler, examples, total_steps)
     samples = Samples(accelerator, bench, config, progress)
     claim(accelerator, folder, config.replace(tasks=[task.name for task in bench.tasks]))
     micro_batches = examples // progress.stream_batch_size
@@ -344,11 +344,12 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
                              f"installed are {', '.join(available) or 'none'}")  # fmt: skip
     if settings.fp16 and not torch.cuda.is_available():
         raise InputError("--fp16 needs a GPU, and there is none; use --bf16 or neither")
-    if is_initialized() and (before := AcceleratorState().mixed_precision) != settings.mixed_precision:
+    precision = mixed_precision(settings)
+    if is_initialized() and (before := AcceleratorState().mixed_precision) != precision:
         raise InputError(f"this process has run with mixed precision {before}, which Accelerate keeps, but this run "
-                         f"wants {settings.mixed_precision}; start a process for it")  # fmt: skip
+                         f"wants {precision}; start a process for it")  # fmt: skip
     return Accelerator(
-        mixed_precision=settings.mixed_precision,
+        mixed_precision=precision,
         # A step's micro-batches are all read before the first is used, the run's last ones too: that the data are at
         # their end must not end the accumulation.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -379,8 +380,7 @@ def run_environment(accelerator: Accelerator, bench: Workbench) -> dict[str, Any
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         world_size=accelerator.num_processes,
         threads=torch.get_num_threads(),
-        base_model=bench.base.source.name,
-        base_fingerprint=bench.base.fingerprint,
+        **bench.base.about(),
     )
 
 

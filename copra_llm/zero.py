@@ -13,12 +13,13 @@ Source: Rajbhandari et al., ZeRO (arXiv 1910.02054).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -29,6 +30,8 @@ from copra_llm.exchange import share
 from copra_llm.gates import LayerGates
 from copra_llm.optimizer import FiniteWatch
 from copra_llm.settings import TrainSettings
+
+T = TypeVar("T")
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -71,7 +74,6 @@ class Zero(Backend):
 
     def prepare(self, classifier: nn.Module, optimizer: Optimizer, gates: LayerGates) -> nn.Module:
         self.trained = [p for p in classifier.parameters() if p.requires_grad]
-        # Where the engine casts the model, its master copy would begin with the rounded adapter.
         start = [p.detach().to(self.accelerator.device, copy=True) for p in self.trained]
         share(start)
         self.plain, self.optimizer = optimizer, GroupedAdamW(layer_groups(optimizer, gates), fused=True)
@@ -79,11 +81,20 @@ class Zero(Backend):
         self._reached = torch.zeros(len(self.optimizer.param_groups), device=self.accelerator.device)
         for p in self.trained:
             p.register_hook(self._note(self.group_of[id(p)]))
+        classifier.forward = self._autocast()(classifier.forward)
         with engine_told(self.accelerator, self.settings):
             self.engine, wrapped = self.accelerator.prepare(classifier, self.optimizer)
         self.zero = wrapped.optimizer
         self._load_state(start)
         return self.engine
+
+    def _autocast(self) -> torch.autocast:
+        """Mixed precision as Accelerate has it elsewhere: float32 where it matters, the adapter too."""
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.bf16)
+
+    def decode(self, classifier: nn.Module, action: Callable[[nn.Module], T]) -> T:
+        with self._autocast():
+            return super().decode(classifier, action)
 
     def _note(self, group: int):
         def note(gradient: Tensor) -> None:
@@ -254,6 +265,10 @@ def check_zero(accelerator: Accelerator, run: RunConfig) -> None:
     if settings.fp16:
         raise InputError("--fp16 under DeepSpeed scales losses by its own rules, which are not held to those here; "
                          "give --bf16 or neither")  # fmt: skip
+    for name in ("bf16", "fp16"):
+        if config.get(name, {}).get("enabled") is True:
+            raise InputError(f"DeepSpeed's configuration enables {name}, which casts the whole model; set it to auto, "
+                             "and give --bf16 for mixed precision")  # fmt: skip
     if run.data.train_head and run.data.joint and len(run.data.tasks) > 1:
         raise InputError("--train_head with --joint trains a head a task, and processes whose batches are of unequal "
                          "tasks cannot meet under DeepSpeed; leave one of them out, or launch without it")  # fmt: skip
@@ -285,8 +300,19 @@ def _check_sharded_load(accelerator: Accelerator, run: RunConfig) -> None:
                          "part of it; set zero3_init_flag: false")  # fmt: skip
 
 
-def load_whole() -> None:
-    """Have transformers read a whole base on every process; the engine takes it apart."""
+def choose_loading(plugin: DeepSpeedPlugin, dtype: str) -> None:
+    """Have transformers read the base in parts if `zero3_init_flag` is true, in its own type, and whole if it is not.
+
+    Accelerate has told it of ZeRO-3 whatever the flag says, and DeepSpeed creates what is sharded in the type of its
+    mixed precision, which is not used here.
+    """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()
+    if not plugin.zero3_init_flag:
+        unset_hf_deepspeed_config()
+        return
+    config, short = plugin.deepspeed_config, {"bfloat16": "bf16", "float16": "fp16"}.get(dtype)
+    before = {key: config.get(key) for key in ("bf16", "fp16")}
+    config.update({key: {"enabled": key == short} for key in before})
+    plugin.set_deepspeed_weakref()
+    config.update(before)

@@ -17,6 +17,7 @@ import yaml
 
 from copra_llm.report import connectivity_table, find_results, plot_curves, step_time_table
 from copra_llm.results import Result, write_atomic
+from copra_llm.summaries.backends import backends_table
 from copra_llm.summaries.clip import few_shot_table
 from copra_llm.summaries.faults import faults_table
 from copra_llm.summaries.instruct import learning_table, plot_learning, skills_table
@@ -65,6 +66,12 @@ def planned_suite(records: Sequence[Result]) -> str:
     return suite_table(records, model, plan["tasks"], rate, steps)
 
 
+def planned_backends(records: Sequence[Result]) -> str:
+    """The table of eval/backends' plan, row by row."""
+    plan = yaml.safe_load((EVAL / "backends" / "plan.yaml").read_text(encoding="utf-8"))
+    return backends_table(records, {name: entry for name, entry in plan.items() if name != "all"})
+
+
 def sixteen_shots(records: Sequence[Result]) -> str:
     """The few-shot table of 16 shots alone."""
     return few_shot_table([r for r in records if r.config["shots"] == 16])
@@ -107,6 +114,7 @@ PAGES = {
         "pruning": (pruning_table, "pruning"),
         "pruning_details": (pruning_details, "pruning"),
     },
+    EVAL / "backends" / "README.md": {"backends": (planned_backends, "backends")},
     EVAL / "sweep" / "README.md": {
         "grid": (of_sweep("grid", sweep_table), "sweep"),
         "along": (along_table, "sweep"),

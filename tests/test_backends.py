@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -14,12 +15,14 @@ from pairs import Pair, run_recipes
 from safetensors.torch import load_file
 from test_train import flags, settings
 
-from copra_llm import train
+from copra_llm import launch, train
 from copra_llm.adapter_files import WEIGHTS_FILE
 from copra_llm.classifiers import LabelWordClassifier
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
+from copra_llm.launch import check_same_base
 from copra_llm.masks import sample_mask
+from copra_llm.optimizer_file import OPTIMIZER
 from copra_llm.results import read_result
 from copra_llm.sharded import check_fsdp
 from copra_llm.train import train_adapter
@@ -31,6 +34,8 @@ SEVERAL = ["ddp", "fsdp2", *DEEPSPEED]
 # root of small numbers, which the text model with a trained head has more of: 7e-5.
 ROUNDING, OF_HEADS = 1e-5, 1e-3
 
+FEW = {"max_train_samples": 6, "max_eval_samples": 1}
+"""No whole number of batches, and fewer examples to evaluate than processes."""
 STEPS = {"tasks": ["sst2"], "max_steps": 30, "save_steps": 10, "gradient_accumulation_steps": 4}
 """Of one process; two halve the accumulation."""
 
@@ -58,9 +63,10 @@ def plans(models: dict[str, Path], folder: Path, records: Path) -> dict[str, lis
         "spoiled": llama(**common, save_steps=1),
         "long": llama(**STEPS),
         "resumed": llama(**STEPS, resume_from_checkpoint=str(early)),
-        "unclipped": llama(**common, loraplus_lr_ratio=4.0, max_grad_norm=0.0, gradient_checkpointing=True),
+        "unclipped": llama(**common, loraplus_lr_ratio=4.0, max_grad_norm=0.0, gradient_checkpointing=True, **FEW),
         "heads": settings(models["bert"], **common | {"tasks": ["sst2", "agnews"]}, train_head=True, joint=True),
-        "encoder": settings(models["bert"], **common, train_head=True, eval_steps=4, load_best_model_at_end=True),
+        "encoder": settings(models["bert"], **common, train_head=True, eval_steps=4, load_best_model_at_end=True,
+                            per_device_eval_batch_size=3),
     }  # fmt: skip
     words = {name: flags(run.replace(output_dir=str(folder / name))) for name, run in runs.items()}
     talk = {"model_name_or_path": models["llama"], "dataset_name": records, "dev_size": 4, "max_length": 64,
@@ -89,7 +95,7 @@ def spoil(calls: int) -> None:
 
 
 def watch_rank(rank: int) -> None:
-    """Spoils the second process's fourth step; notes how much of the base a process holds, loaded and in training."""
+    """Spoils the second process's start and fourth step; notes how much of the base a process holds."""
     if rank == 1:
         spoil(calls=4)
     build, save = train.build, train.save_checkpoint
@@ -102,6 +108,9 @@ def watch_rank(rank: int) -> None:
     def building(config, tasks):
         bench = build(config, tasks)
         share = held(bench.classifier)
+        for p in bench.classifier.parameters():
+            if p.requires_grad and rank == 1:
+                p.data += 1.0
         (Path(config.train.output_dir) / f"loaded-{rank}").write_text(str(share))
         return bench
 
@@ -202,12 +211,18 @@ def test_inactive_layers_stand_still(spread):
     assert read_result(spread / "spoiled" / "sst2" / "result.json").data["skipped_steps"] == 1
 
 
+def moments(checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """AdamW's state, by parameter."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(checkpoint / OPTIMIZER).items():
+        number, _, name = key.partition(".")
+        state.setdefault(number, {})[name] = tensor
+    return state
+
+
 def test_a_checkpoint_is_that_of_one_process(one, spread):
     """The optimizer's state by parameter, whole, and each layer's own count of steps."""
-    states = [torch.load(folder / "long" / "sst2" / "checkpoint-20" / "optimizer.pt", weights_only=True)
-              for folder in (one, spread)]  # fmt: skip
-    assert states[0]["param_groups"] == states[1]["param_groups"]
-    theirs, mine = (state["state"] for state in states)
+    theirs, mine = (moments(folder / "long" / "sst2" / "checkpoint-20") for folder in (one, spread))
     assert theirs.keys() == mine.keys()
     for number in theirs:
         assert theirs[number]["step"] == mine[number]["step"]
@@ -304,6 +319,14 @@ def test_what_fsdp_cannot_do_is_refused(changes: dict, said: str):
     plugin = {"fsdp_version": 2, "activation_checkpointing": False} | changes
     with pytest.raises(InputError, match=said):
         check_fsdp(SimpleNamespace(**plugin))
+
+
+def test_one_base_on_all_processes(monkeypatch):
+    """Machines may have unequal files under one name."""
+    for found, said in ((["a", "a", "a"], None), (["a", "a", "b"], "process 2 .* hash b, but process 0 one with a")):
+        monkeypatch.setattr(launch, "gather_object", lambda own, found=found: found)
+        with pytest.raises(InputError, match=said) if said else contextlib.nullcontext():
+            check_same_base(SimpleNamespace(num_processes=1), "a")
 
 
 def test_a_group_without_a_gradient_is_left_out():

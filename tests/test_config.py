@@ -190,7 +190,7 @@ def test_a_file_that_is_no_settings_is_refused(content, named, tmp_path):
 
 def test_a_missing_file_is_refused(tmp_path):
     assert f"{tmp_path}/no.yaml does not exist" in refusal(["--config", f"{tmp_path}/no.yaml"])
-    assert refusal(["--config"]) == "--config needs a value"
+    assert refusal(["--config"]) == "--config needs a value; give a YAML file of settings"
 
 
 def test_an_empty_file_changes_nothing(written):

@@ -94,7 +94,7 @@ def without_manifest(checkpoint: Path) -> None:
     (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
-FILES = ("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "state.json")
+FILES = ("adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json")
 DAMAGES = [
     *((name, damage, words) for name in FILES
       for damage, words in ((cut, r"has \d+ bytes instead of \d+"), (flip, "is not what was written"),
@@ -103,7 +103,7 @@ DAMAGES = [
     ("manifest.json", empty, "is no manifest"),
 ]  # fmt: skip
 OLD_DAMAGES = [
-    *((name, damage, words) for name in ("adapter_model.safetensors", "optimizer.pt", "state.json")
+    *((name, damage, words) for name in ("adapter_model.safetensors", "optimizer.safetensors", "state.json")
       for damage, words in ((cut, "cannot be read"), (empty, "cannot be read"), (Path.unlink, "is missing"))),
 ]  # fmt: skip
 
@@ -131,11 +131,11 @@ def test_damage_without_a_manifest_is_found_by_reading(stopped, name: str, damag
 
 def test_latest_is_the_newest_whole_one(whole, stopped, tiny_llama, capsys):
     """Damaged ones are passed over, aloud, and the run ends with the bytes that it would have reached."""
-    cut(stopped / "checkpoint-6" / "optimizer.pt")
+    cut(stopped / "checkpoint-6" / "optimizer.safetensors")
     flip(stopped / "checkpoint-4" / "adapter_model.safetensors")
     train_adapter(settings(tiny_llama, **SAVING, resume_from_checkpoint="latest"), ["sst2"], stopped)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("warning", "note"))]
-    assert said[0].startswith(f"warning: {stopped}/checkpoint-6 is passed over: optimizer.pt has ")
+    assert said[0].startswith(f"warning: {stopped}/checkpoint-6 is passed over: optimizer.safetensors has ")
     assert said[1:] == [
         f"warning: {stopped}/checkpoint-4 is passed over: adapter_model.safetensors is not what was written (SHA-256)",
         f"note: going on from {stopped}/checkpoint-2",
@@ -168,10 +168,12 @@ def test_where_none_is_whole_the_run_begins_anew(whole, stopped, tiny_llama, cap
 
 def test_a_damaged_one_that_is_named_is_refused(stopped, tiny_llama):
     """Nothing is passed over that was asked for, and the folder stays as it was."""
-    flip(stopped / "checkpoint-6" / "optimizer.pt")
+    flip(stopped / "checkpoint-6" / "optimizer.safetensors")
     before = sorted(path.name for path in stopped.rglob("*"))
     config = settings(tiny_llama, **SAVING, resume_from_checkpoint=str(stopped / "checkpoint-6"))
-    with pytest.raises(InputError, match="checkpoint-6, where optimizer.pt is not what was written .*; give a whole"):
+    with pytest.raises(
+        InputError, match="checkpoint-6, where optimizer.safetensors is not what was written .*; give a whole"
+    ):
         train_adapter(config, ["sst2"], stopped)
     assert sorted(path.name for path in stopped.rglob("*")) == before
 
@@ -320,7 +322,7 @@ def test_files_that_grow_too_large_end_the_run(whole, stopped, tiny_llama, tmp_p
     """A limit of the system on file sizes: one sentence, code 2, the checkpoints before as they were, no litter."""
     config = settings(tiny_llama, **SAVING, output_dir=str(tmp_path), resume_from_checkpoint="latest")
     sizes = {path.name: path.stat().st_size for path in (stopped / "checkpoint-6").iterdir()}
-    limit = sizes["optimizer.pt"] - 1
+    limit = sizes["optimizer.safetensors"] - 1
     assert (whole / "config.yaml").stat().st_size < limit
 
     def limited() -> int:

@@ -77,7 +77,7 @@ def test_an_adapter_by_its_id_is_what_peft_saved(model_hub, files, tmp_path):
         "adapter_model.bin": b"1",
         "training_args.bin": b"2",
         "run.py": b"3",
-        "optimizer.pt": b"4",
+        "optimizer.safetensors": b"4",
         "a/config.yaml": b"",
     }
     model_hub.add(REPO, files | junk)

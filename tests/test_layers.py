@@ -14,13 +14,38 @@ PACKAGE = Path(__file__).resolve().parents[1] / "copra_llm"
 ROWS = [
     ["settings", "config", "yaml_file", "paths", "schedule", "masks", "shapley", "shards", "results", "estimates"]
     + ["errors", "answer_scores", "answer_metric", "metrics", "pictures", "portable", "adapter_files", "hub"]
-    + ["manifest", "locks"],
-    ["adapters", "gates", "gguf", "quantised_base", "models", "tasks", "classifiers", "batches", "saved_runs", "bands"]
+    + ["manifest", "locks", "json_file", "tensor_file", "patterns", "record_kinds"],
+    [
+        "adapter_config",
+        "adapters",
+        "gates",
+        "gguf",
+        "packaged",
+        "quantised_base",
+        "models",
+        "tasks",
+        "classifiers",
+        "batches",
+        "saved_runs",
+        "bands",
+    ]
     + ["initial", "packing", "linear_loss", "language_model", "choice_model", "conversations"]
     + ["towers", "replaced", "image_inputs", "images", "text_tower", "dual_encoder", "linear_probe"]
     + ["stochastic_depth", "fused_linear"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
-    ["train", "callback", "checkpoint", "evaluate", "evaluator", "interpolate", "layerwise", "plane", "variants"]
+    [
+        "train",
+        "callback",
+        "progress",
+        "optimizer_file",
+        "checkpoint",
+        "evaluate",
+        "evaluator",
+        "interpolate",
+        "layerwise",
+        "plane",
+        "variants",
+    ]
     + ["optimizer", "best", "samples", "liger", "processes", "neftune"]
     + ["exchange", "backends", "sharded", "zero", "launch"]
     + ["prefixes", "coalitions", "ledger", "generate"],

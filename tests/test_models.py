@@ -239,7 +239,7 @@ def config_is_no_json(folder):
 
 
 SPOILT = {
-    without_weights: "holds no weights (*.safetensors or *.bin); give a folder with them",
+    without_weights: "holds no weights in *.safetensors; give a folder with them",
     without_config: "has no config.json; give a folder that save_pretrained has written",
     torn_weights: "could not be loaded",
     other_shapes: "could not be loaded",

@@ -9,11 +9,11 @@ from copra_llm import train
 from copra_llm.adapters import load_adapter_weights
 from copra_llm.best import BestAdapter
 from copra_llm.build import build
-from copra_llm.checkpoint import Progress
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.neftune import noisy_embeddings
 from copra_llm.optimizer import make_optimizer
+from copra_llm.progress import Progress
 from copra_llm.results import read_result
 from copra_llm.schedule import METHODS
 from copra_llm.train import train_adapter

@@ -1,4 +1,4 @@
-"""Does what the project says of itself hold: the README's tables, its tree, the launch configurations?"""
+"""Does what the project says of itself hold: the README's tables, its tree, its links?"""
 
 import dataclasses
 import re
@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.commands.config.config_args import load_config_from_file
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,12 +67,3 @@ def test_every_link_leads_somewhere(page):
         if part:
             headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), flags=re.M)
             assert part in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], part
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_a_launch_configuration_is_read_by_accelerate(path):
-    """Each file carries its launch command, and Accelerate's own parser takes it."""
-    header = path.read_text(encoding="utf-8").splitlines()[:2]
-    assert f"accelerate launch --config_file accelerate_configs/{path.name}" in header[1]
-    config = load_config_from_file(str(path))
-    assert config.num_processes == 1

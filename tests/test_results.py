@@ -69,7 +69,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(value, tmp_path):
     """JSON has no NaN; a metric stays a number for whoever makes a table of it."""
     path = tmp_path / "result.json"
-    nested = {"loss": [1.0, value, {"deep": (value, 2)}]}
+    nested = {"nested": [1.0, value, {"deep": (value, 2)}]}
     write_result(path, Result("train", {}, {"test/sst2/loss": value, "test/sst2/accuracy": 50.0}, data=nested))
 
     def refuse(constant):
@@ -77,7 +77,7 @@ def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(value, tmp_pat
 
     stored = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     assert stored["metrics"] == {"test/sst2/loss": None, "test/sst2/accuracy": 50.0}
-    assert stored["data"] == {"loss": [1.0, None, {"deep": [None, 2]}]}
+    assert stored["data"] == {"nested": [1.0, None, {"deep": [None, 2]}]}
     metrics = read_result(path).metrics
     assert math.isnan(metrics["test/sst2/loss"]) and metrics["test/sst2/accuracy"] == 50.0
 

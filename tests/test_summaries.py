@@ -10,6 +10,7 @@ import report_records as made
 
 from copra_llm.figures.runs import spread
 from copra_llm.results import Result
+from copra_llm.summaries.backends import SAME, backends_table
 from copra_llm.summaries.faults import PHASES, faults_table
 from copra_llm.summaries.mtl15 import suite_rows, suite_table
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
@@ -142,3 +143,36 @@ def test_trials_of_kills_and_resumes():
     assert cells(lines[0])[:3] == ["trials", "kills", "in start"]
     assert [cells(line) for line in lines[2:]] == [["6", "10", "4", "2", "2", "0", "2", "0", "0", "2", "0"]]
     assert faults_table(SUITE) == ""
+
+
+# --- backends ---------------------------------------------------------------------------------------------
+
+
+def backend_run(backend: str, method: str, **metrics: float) -> Result:
+    measured = {"starts": 1.0, "largest_difference": 0.0, "bytes_per_step": 446_100.0, "peak_memory_bytes": 8.7e8,
+                "ratio/seconds_per_step": 0.5, "ratio/cpu_seconds_per_step": 1.04}  # fmt: skip
+    return Result("backends", {"backend": backend, "method": method}, measured | metrics)
+
+
+def test_the_table_of_backends_follows_the_plan():
+    """A row a method that was run; what was not run says why; what moved too far is not the same adapter."""
+    plan = {"ddp": {"label": "DDP"}, "zero2": {"label": "ZeRO-2"}, "zero3": {"label": "ZeRO-3"},
+            "gpu": {"label": "one GPU", "needs_gpu": True}, "fsdp2": {"label": "FSDP2"}}  # fmt: skip
+    records = [
+        backend_run("zero2", "copra", largest_difference=3.2e-6),
+        backend_run("ddp", "copra"),
+        backend_run("ddp", "lora"),
+        backend_run("fsdp2", "lora", largest_difference=2 * SAME),
+        Result("backends", {"backend": "zero3", "method": "lora"}, {"starts": 0.0}),
+    ]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in backends_table(records, plan).splitlines()]
+    assert rows[2:] == [
+        ["DDP", "LoRA", "yes", "yes", "0", "446 kB", "0.50", "1.04", "870 MB"],
+        ["DDP", "CopRA", "yes", "yes", "0", "446 kB", "0.50", "1.04", "870 MB"],
+        ["ZeRO-2", "CopRA", "yes", "yes", "3e-06", "446 kB", "0.50", "1.04", "870 MB"],
+        ["ZeRO-3", "LoRA", "no", *["–"] * 6],
+        ["one GPU", "–", "needs a GPU", *["–"] * 6],
+        ["FSDP2", "LoRA", "yes", "no", "2e-04", "446 kB", "0.50", "1.04", "870 MB"],
+    ]
+    assert "| ZeRO-2 | – | not run yet |" in backends_table(records[1:], plan)
+    assert backends_table([], plan) == ""

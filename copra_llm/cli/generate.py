@@ -131,6 +131,6 @@ def _write(args, config, base, scores: dict, prompts: list, answers: list[str], 
         seconds=seconds,
         examples=len(rows),
         data={"answers": rows},
-        environment=environment(base_model=base.source.name, base_fingerprint=base.fingerprint),
+        environment=environment(**base.about()),
     )
     write_result(Path(args.output), record)

@@ -99,8 +99,8 @@ def _last_parts(names) -> list[str]:
 
 def _evaluate(args: argparse.Namespace, variants: list) -> int:
     from copra_llm.adapters import adapter_folder, load_adapter_weights
-    from copra_llm.checkpoint import STATE
     from copra_llm.evaluator import AdapterEvaluator
+    from copra_llm.progress import STATE
     from copra_llm.prune import structured, structured_names
     from copra_llm.variants import figure_variants, finish, unfinished_file, variants_record
 

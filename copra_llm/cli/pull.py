@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from copra_llm.adapters import load_adapter_weights
-    from copra_llm.hub import HubId, parse_id, pull
+    from copra_llm.hub import parse_id, pull
 
     hub_id = parse_id(args.repo_id)
     if hub_id is None:
@@ -26,7 +26,10 @@ def run(args: argparse.Namespace) -> int:
     if args.revision and hub_id.revision:
         raise InputError(f"{hub_id} and --revision {args.revision} both name a revision; give one of them")
     output = fresh_output(args.output) if args.output else None
-    hub_id = HubId(hub_id.repo, hub_id.revision or args.revision)
+    if args.revision:
+        hub_id = parse_id(f"{hub_id.repo}@{args.revision}")
+        if hub_id is None:
+            raise InputError(f'--revision is "{args.revision}", but must be a branch, a tag or a commit')
     # What does not load is refused before it is written anywhere else.
     load_adapter_weights(pull(hub_id))
     print(pull(hub_id, output))

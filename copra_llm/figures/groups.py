@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from copra_llm.config import ALL
+from copra_llm.errors import InputError
 from copra_llm.estimates import Estimate, seed_estimate
 from copra_llm.results import Result
 from copra_llm.settings import WITHOUT_EFFECT
@@ -160,8 +161,16 @@ def steps_of(r: Result) -> int | None:
 
 
 def metric(r: Result, name: str, task: str | None = None, split: str | None = None) -> float:
-    """`<split>/<task>/<name>` of a record."""
-    return r.metrics[f"{split or r.config['split']}/{task or r.config['task']}/{name}"]
+    """`<split>/<task>/<name>` of a record.
+
+    Raises:
+        InputError: if the record has none.
+    """
+    key = f"{split or r.config['split']}/{task or r.config['task']}/{name}"
+    if key not in r.metrics:
+        raise InputError(f"a record of protocol {r.protocol}, made {r.created}, lacks metrics.{key}; run it again, or "
+                         "leave it out")  # fmt: skip
+    return r.metrics[key]
 
 
 def styles(names: Iterable[str]) -> dict[str, int]:

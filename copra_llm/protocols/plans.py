@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from copra_llm.adapters import AdapterWeights
 from copra_llm.config import RunConfig, typed_settings
-from copra_llm.errors import InputError, nearest
+from copra_llm.errors import InputError, named, nearest, shown
 from copra_llm.merge import check_options, merge
 from copra_llm.tasks.clip.catalogue import image_task_names
 from copra_llm.tasks.mtl15 import get_task
@@ -39,7 +39,7 @@ def read_plans(path: Path, kind: type[P]) -> dict[str, P]:
     needed = {f.name for f in dataclasses.fields(kind) if f.default is MISSING and f.default_factory is MISSING}
     for name, entry in values.items():
         if not isinstance(entry, dict):
-            raise InputError(f"{path}: {name} is {entry!r}, but must hold {', '.join(types)}")
+            raise InputError(f"{path}: {named(name, '')} is {shown(entry)}, but must hold {', '.join(types)}")
     shared = values.pop("all", {})
     plans = {}
     for name, own in values.items():
@@ -49,9 +49,9 @@ def read_plans(path: Path, kind: type[P]) -> dict[str, P]:
         missing = sorted(needed - set(entry))
         unknown = sorted(set(entry) - set(types))
         if missing or unknown:
-            what = f"lacks {missing[0]}" if missing else f"has the unknown entry {unknown[0]}"
-            hint = nearest(unknown[0], types) if unknown and not missing else ""
-            raise InputError(f"{path}: the plan of {name} {what}{hint}; it needs {', '.join(types)}")
+            what = f"lacks {missing[0]}" if missing else f"has the unknown entry {named(unknown[0], '')}"
+            hint = nearest(unknown[0][:100], types) if unknown and not missing else ""
+            raise InputError(f"{path}: the plan of {named(name, '')} {what}{hint}; it needs {', '.join(types)}")
         plans[name] = kind(**{key: _value(path, key, value, types[key]) for key, value in entry.items()})
     return plans
 
@@ -96,7 +96,9 @@ def merge_rules(entries: dict[str, Any]) -> list[Rule]:
     rules = []
     for name, entry in entries.items():
         if not isinstance(entry, dict | None):
-            raise InputError(f"the plan's merge rule {name} is {entry!r}, but must hold `option: value` entries")
+            raise InputError(
+                f"the plan's merge rule {named(name, '')} is {shown(entry)}, but must hold `option: value` entries"
+            )
         options = dict(entry or {})
         method = options.pop("method", name)
         rules.append(Rule(name, method, check_options(method, options)))
@@ -113,7 +115,9 @@ def tuned_settings(plan: Any, task: str, method: str) -> dict[str, Any]:
     for key in (task, method):
         own = own.get(key, {}) if isinstance(own, dict) else own
     if not isinstance(own, dict):
-        raise InputError(f"the plan's tuned has {own!r} for {method} on {task}, but must hold `setting: value` entries")
+        raise InputError(
+            f"the plan's tuned has {shown(own)} for {method} on {task}, but must hold `setting: value` entries"
+        )
     own = typed_settings(Path("the plan's tuned"), own)
     return plan.settings | own | {"tasks": [task], "method": method}
 
@@ -130,7 +134,7 @@ def _value(path: Path, key: str, value: Any, hint: Any) -> Any:
         return typed_settings(path, value)
     if get_origin(hint) is dict:
         if not isinstance(value, dict):
-            raise InputError(f"{path}: {key} is {value!r}, but must hold `name: value` entries")
+            raise InputError(f"{path}: {key} is {shown(value)}, but must hold `name: value` entries")
         kind = get_args(hint)[1]
         return {name: v if kind is Any else _value(path, f"{key} of {name}", v, kind) for name, v in value.items()}
     return typed(path, key, value, hint)

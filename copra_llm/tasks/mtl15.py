@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from copra_llm.errors import InputError, nearest
+from copra_llm.errors import InputError, named, nearest, shown
+from copra_llm.json_file import why_unread
 from copra_llm.paths import HUB, SAMPLE
 from copra_llm.yaml_file import packaged_yaml
 
@@ -122,15 +123,19 @@ def read_jsonl(path: Path, task: Task) -> list[Example]:
                 raise InputError(f"{place} is not UTF-8 text (byte {error.start + 1}); mend it") from None
             except json.JSONDecodeError as error:
                 raise InputError(f"{place} is not JSON ({error.msg}, column {error.colno}); mend it") from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{place} is not JSON that can be read ({why_unread(error)}); mend it") from None
             if not isinstance(row, dict):
                 raise InputError(f"{place} holds a {type(row).__name__}, but must be an object with {_columns(task)}")
             for field in (*task.fields, "label"):
                 if not isinstance(row.get(field), str):
-                    what = "is missing" if field not in row else f"is {row[field]!r}, not text"
+                    what = "is missing" if field not in row else f"is {shown(row[field])}, not text"
                     raise InputError(f'{place}: the field "{field}" {what}; {task.name} needs {_columns(task)}')
+                if any("\ud800" <= letter <= "\udfff" for letter in row[field]):
+                    raise InputError(f'{place}: the field "{field}" holds half a character; mend it')
             if row["label"] not in label_ids:
                 known = ", ".join(task.labels)
-                raise InputError(f'{place}: "{row["label"]}" is no label of {task.name}; its labels are {known}')
+                raise InputError(f"{place}: {named(row['label'])} is no label of {task.name}; its labels are {known}")
             examples.append(Example({f: row[f] for f in task.fields}, label_ids[row["label"]]))
     if not examples:
         raise InputError(f"{path} holds no example; {task.name} needs one JSON object with {_columns(task)} a line")

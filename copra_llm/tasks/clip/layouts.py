@@ -13,13 +13,14 @@ Source: CoOp's DATASETS.md for the first three.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
-from copra_llm.errors import InputError
+from copra_llm.errors import InputError, named, shown
+from copra_llm.json_file import read_json
+from copra_llm.paths import is_below
 from copra_llm.tasks.clip.examples import ImageExample
 
 Layout = tuple[list[str], dict[str, list[ImageExample]]]
@@ -45,7 +46,7 @@ def read_split(split_file: Path, images: Path) -> Layout:
     splits: dict[str, list[ImageExample]] = {}
     for split, theirs in (("train", "train"), ("dev", "val"), ("test", "test")):
         examples = splits[split] = []
-        for number, entry in enumerate(table.get(theirs, [])):
+        for number, entry in enumerate(table.get(theirs) or []):
             path, label, name = _entry(entry, f'{split_file}, "{theirs}" entry {number}')
             if names.setdefault(label, name) != name:
                 raise InputError(f'{split_file} calls label {label} "{names[label]}" and "{name}"; mend it')
@@ -57,13 +58,12 @@ def read_split(split_file: Path, images: Path) -> Layout:
 
 
 def _split_table(path: Path) -> dict:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; put CoOp's split file there (data/clip/README.md)") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not JSON ({error}); download it anew") from None
-    if not isinstance(table, dict) or not all(isinstance(table.get(key), list) for key in ("train", "test")):
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; put CoOp's split file there (data/clip/README.md)")
+    table = read_json(path, "download it anew")
+    if not isinstance(table, dict) or not all(
+        isinstance(table.get(key, []), list) and (key in table or key == "val") for key in ("train", "val", "test")
+    ):
         raise InputError(f'{path} must hold lists "train", "val" and "test" of [path, label, class name]; mend it')
     return table
 
@@ -71,7 +71,9 @@ def _split_table(path: Path) -> dict:
 def _entry(entry, place: str) -> tuple[str, int, str]:
     kinds = (str, int, str)
     if not isinstance(entry, list) or len(entry) != 3 or not all(map(isinstance, entry, kinds)) or entry[1] < 0:
-        raise InputError(f"{place} is {str(entry)[:80]}, but must be [path, label, class name]; mend it")
+        raise InputError(f"{place} is {shown(entry)}, but must be [path, label, class name]; mend it")
+    if not is_below(entry[0]):
+        raise InputError(f"{place} names {shown(entry[0])}, which is not in the images' folder; mend it")
     return entry[0], entry[1], entry[2]
 
 
@@ -103,7 +105,10 @@ def read_aircraft(folder: Path, images: Path) -> Layout:
         for number, line in enumerate(_lines(path), 1):
             image, _, variant = line.partition(" ")
             if variant not in labels:
-                raise InputError(f'{path}, line {number} names "{variant}", which variants.txt has not; mend it')
+                raise InputError(f"{path}, line {number} names {named(variant)}, which variants.txt has not; mend it")
+            if not is_below(image):
+                raise InputError(f"{path}, line {number} names {shown(image)}, which is not in the images' folder; "
+                                 "mend it")  # fmt: skip
             examples.append(ImageExample(images / f"{image}.jpg", labels[variant]))
     return names, splits
 

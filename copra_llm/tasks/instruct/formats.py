@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from copra_llm.errors import InputError, nearest
+from copra_llm.errors import InputError, named, nearest
 from copra_llm.tasks.instruct.messages import conversation, text
 from copra_llm.tasks.instruct.records import Conversation, Record, Text
 
@@ -139,7 +139,7 @@ def check_row(row: Any, place: str) -> None:
 def unknown_shape(row: Row, place: str) -> InputError:
     """What to say of a record that fits no format, where none is named."""
     shapes = "; ".join(f"{name}: {', '.join(shape.columns)}" for name, shape in FORMATS.items())
-    columns = ", ".join(row) or "none"
+    columns = named(", ".join(row), "") if row else "none"
     return InputError(f"{place}: its columns ({columns}) fit no format; rename them to those of one ({shapes})")
 
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from copra_llm.errors import InputError
+from copra_llm.errors import InputError, named, shown
 from copra_llm.tasks.instruct.records import ROLES, Conversation
 
 _ROLE_NAMES = {
@@ -99,7 +99,7 @@ def _message(entry: Any, place: str) -> dict[str, Any]:
     role = entry.get("role", entry.get("from"))
     content = entry.get("content", entry.get("value"))
     if not isinstance(role, str) or role not in _ROLE_NAMES:
-        said = "no role" if role is None else f"the role {role!r}"
+        said = "no role" if role is None else f"the role {shown(role)}"
         raise InputError(f"{place} has {said}, but the roles are {', '.join(ROLES)} (or human and gpt); mend it")
     if role == "function_call":
         rest["tool_calls"] = [{"type": "function", "function": _json(content, place, "the function call")}]
@@ -125,7 +125,7 @@ def _joined(content: Any, place: str) -> str:
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise InputError(f'{place} holds a part of type "{kind}", but only text can be trained on; remove it')
+            raise InputError(f"{place} holds a part of type {named(kind)}, but only text can be trained on; remove it")
     return "".join(text(part.get("text"), f"{place}: a part of its content") for part in content)
 
 
@@ -146,7 +146,7 @@ def _tools(tools: Any, place: str) -> tuple[dict[str, Any], ...]:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"{place}: the tools are text that is not JSON; mend them") from None
     for tool in _list(tools, place, "tools"):
         if not isinstance(tool, dict):
@@ -158,7 +158,7 @@ def _json(value: Any, place: str, what: str) -> dict:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"{place}: {what} is text that is not JSON; mend it") from None
     if not isinstance(value, dict):
         raise InputError(f"{place}: {what} is {_kind(value)}, but must be an object; mend it")
@@ -192,4 +192,6 @@ _KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false",
 def _kind(value: Any) -> str:
     if isinstance(value, (list, dict, str)) and not value:
         return "empty"
-    return _KINDS.get(type(value), f"a number ({value!r})" if isinstance(value, (int, float)) else type(value).__name__)
+    return _KINDS.get(
+        type(value), f"a number ({shown(value)})" if isinstance(value, (int, float)) else type(value).__name__
+    )

@@ -9,17 +9,19 @@ A source is a file, a folder or a Hub id, alone or with a weight (`path:0.5`); a
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-from copra_llm.errors import InputError, nearest
+from copra_llm.errors import InputError, named, nearest, shown
+from copra_llm.json_file import is_number
 from copra_llm.tasks.instruct.files import ENDINGS, dataset_rows, file_rows
 from copra_llm.tasks.instruct.formats import check_row, get_format, read_record, recognise, unknown_shape
 from copra_llm.tasks.instruct.records import Broken, Record
+from copra_llm.yaml_file import load_yaml
 
 T = TypeVar("T")
 
@@ -42,9 +44,11 @@ class Source:
     def __post_init__(self):
         if self.format is not None:
             get_format(self.format)
-        good = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
-        if not good or not 0 < self.weight < math.inf:
-            raise InputError(f"{self.path} has the weight {self.weight}, but a weight must be a positive number")
+        # As a float: an integer may be beyond any.
+        if not is_number(self.weight) or not 0 < self.weight <= sys.float_info.max:
+            raise InputError(
+                f"{self.path} has the weight {named(self.weight, '')}, but a weight must be a positive number"
+            )
 
 
 def parse_sources(words: Iterable[str], format: str | None = None) -> list[Source]:
@@ -82,10 +86,10 @@ def _from_yaml(path: Path, format: str | None) -> list[Source]:
 
     known = [field.name for field in fields(Source)]
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give a YAML file that lists sources") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not YAML ({' '.join(str(error).split())[:200]}); mend it") from None
     if not isinstance(entries, list) or not entries:
         raise InputError(
@@ -96,9 +100,15 @@ def _from_yaml(path: Path, format: str | None) -> list[Source]:
         entry = {"path": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise InputError(f"{path}, source {number} has no path; give one")
+        other = next(
+            (key for key in ("format", "split", "name") if not isinstance(entry.get(key, ""), str | None)), None
+        )
+        if other is not None:
+            raise InputError(f"{path}, source {number}: {other} is {shown(entry[other])}, but must be a text")
         for key in entry:
             if key not in known:
-                raise InputError(f'{path}, source {number}: there is no setting "{key}"{nearest(key, known)}; '
+                hint = nearest(str(key)[:100], known)
+                raise InputError(f"{path}, source {number}: there is no setting {named(key)}{hint}; "
                                  f"there are {', '.join(known)}")  # fmt: skip
         sources.append(Source(**{"format": format, **entry}))
     return sources
