@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +35,11 @@ from copra_llm.settings import LoraSettings, ModelSettings, ScheduleSettings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "large-runs.md"
 ALL = LoraSettings(lora_r=4, lora_target_modules=["all-linear"])
-SMALL = Batch(2, 16, checkpointing=False, autocast=False, cast=False, dropout=False)
+SMALL = Batch(2, 16, checkpointing=False, autocast=False, dropout=False, fused=False)
 WORK = Work(kept=1000, beyond=100, forward=1, forward_lora=1, backward_blocks=1, backward_head=0, backward_lora=1)
 SIZES = Sizes(
-    base_params=1000, base_bytes=2000, block_params={"0": 400, "1": 400}, block_bytes={"0": 800, "1": 800},
-    rest_bytes=400, largest_rows=64, largest_matrix=0, trained=(40, 40), trained_bytes=320, players_of_block=(1, 1),
-    block_trained=80, adapter_file=500,
+    base_params=1000, base_bytes=2000, whole_bytes=0, divided_blocks=(800, 800), divided_rest=400, largest_rows=64,
+    largest_matrix=0, trained=(40, 40), trained_bytes=320, players_of_block=(1, 1), block_trained=80, adapter_file=500,
 )  # fmt: skip
 HALF = Participation(active=0.5, reached=0.75)
 
@@ -114,7 +114,7 @@ def test_no_weights_are_needed(tiny_llama, tmp_path):
 def test_few_blocks_tell_of_all(tiny_llama, checkpointing):
     """Four blocks, run as a whole, keep and compute what two and three say."""
     config, _ = configuration(ModelSettings(str(tiny_llama)), ShapeSettings(), 16)
-    batch = Batch(2, 16, checkpointing, False, False, False)
+    batch = replace(SMALL, checkpointing=checkpointing, fused=True)
     said, whole = (
         trace(config, "float32", ALL, None, batch),
         _run(config, "float32", ALL, None, batch, first_only=False),
@@ -142,12 +142,16 @@ def test_operations_of_a_step_by_hand(tiny_llama):
     assert work.backward_blocks == 2 * linear * tokens - missing + 2.5 * attention
 
 
-def test_bytes_kept_are_what_autograd_keeps(tiny_llama):
-    """On real tensors: the distinct storages that autograd saves, but for parameters."""
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_bytes_kept_are_what_autograd_keeps(tiny_llama, fused, dropout):
+    """On real tensors: the distinct storages that autograd saves, but for parameters; PEFT's path and the loop's."""
+    lora = replace(ALL, lora_dropout=dropout)
     settings = ModelSettings(str(tiny_llama))
     config, _ = configuration(settings, ShapeSettings(), 16)
     base = load_base(settings)
-    model = add_adapter(base, ALL, 0).train()
+    model = add_adapter(base, lora, 0).train()
+    gates = LayerGates(model, fused=fused)
     owned = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     saved = {}
 
@@ -157,18 +161,19 @@ def test_bytes_kept_are_what_autograd_keeps(tiny_llama):
         return t
 
     ids = torch.zeros(SMALL.rows, SMALL.length, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    everything = gates.applied([True] * gates.num_layers)
+    with everything, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         base.model.get_decoder()(input_ids=ids, use_cache=False)
     kept = sum(t.untyped_storage().nbytes() for t in saved.values())
     # Besides what autograd saves there are the hidden states themselves, and positions of a few bytes a token.
-    extra = trace(config, "float32", ALL, None, SMALL).kept - kept
+    extra = trace(config, "float32", lora, None, replace(SMALL, fused=fused)).kept - kept
     assert 0 <= extra <= 2 * SMALL.rows * SMALL.length * 32 * 4
 
 
 def test_recomputing_keeps_less_and_computes_more(tiny_llama):
     config, _ = configuration(ModelSettings(str(tiny_llama)), ShapeSettings(), 16)
     plain = trace(config, "float32", ALL, None, SMALL)
-    again = trace(config, "float32", ALL, None, Batch(2, 16, True, False, False, False))
+    again = trace(config, "float32", ALL, None, replace(SMALL, checkpointing=True))
     assert again.kept < plain.kept / 5
     assert again.forward == plain.forward and again.backward_blocks > 1.5 * plain.backward_blocks
 
@@ -212,19 +217,20 @@ def test_participation_against_drawn_masks():
 # --- bytes between processes, and memory, by hand ---------------------------------------------------------
 
 
-def flow(backend: str, nodes: int = 2, per_node: int = 4, accumulation: int = 1, mixed: bool = False, **cluster):
+def flow(backend: str, nodes: int = 2, per_node: int = 4, accumulation: int = 1, sizes: Sizes = SIZES, **cluster):
     cluster = ClusterSettings(backend=[backend], num_nodes=nodes, processes_per_node=per_node, **cluster)
-    at = layout(backend, cluster, mixed)
-    return traffic(at, SIZES, HALF, accumulation), at, cluster
+    at = layout(backend, cluster)
+    return traffic(at, sizes, HALF, accumulation), at, cluster
 
 
 @pytest.mark.parametrize("backend, sent", [
     ("ddp", {"gradients": 2 * 7 / 8 * 4 * 40}),
-    ("fsdp2", {"gradients": 7 / 8 * 4 * 40, "weights": 7 / 8 * (3 * 1.75 * 1600 + 3 * 400)}),
-    ("hsdp", {"gradients": 3 / 4 * 4 * 40 + 2 * 1 / 2 * 4 * 40 / 4, "weights": 3 / 4 * (3 * 1.75 * 1600 + 3 * 400)}),
-    ("zero1", {"gradients": 7 / 8 * 4 * 80, "adapter": 7 / 8 * 4 * 80}),
-    ("zero2", {"gradients": 3 * 7 / 8 * 4 * 80, "adapter": 7 / 8 * 4 * 80}),
-    ("zero3", {"gradients": 3 * 7 / 8 * 4 * 80, "weights": 7 / 8 * (3 * 1.75 * 1600 + 3 * 2 * 400)}),
+    ("fsdp2", {"gradients": 2 * 7 / 8 * 4 * 40, "weights": 7 / 8 * (3 * 1.75 * 1600 + 3 * 400)}),
+    ("hsdp", {"gradients": 2 * 7 / 8 * 4 * 40, "weights": 3 / 4 * (3 * 1.75 * 1600 + 3 * 400)}),
+    ("zero1", {"gradients": 2 * 7 / 8 * 4 * 40, "adapter": 7 / 8 * 4 * 80}),
+    ("zero2", {"gradients": 3 * 2 * 7 / 8 * 4 * 40, "adapter": 7 / 8 * 4 * 80}),
+    ("zero3", {"gradients": 3 * 7 / 8 * 4 * 40, "weights": 7 / 8 * (3 * 1.75 * 1600 + 3 * 2 * 400),
+               "adapter": 7 / 8 * 4 * 80}),
 ])  # fmt: skip
 def test_bytes_sent_in_a_step_of_three_micro_batches(backend, sent):
     """Half of the players active, three quarters of the blocks reached, 8 processes on 2 nodes."""
@@ -238,9 +244,24 @@ def test_one_process_sends_nothing():
     assert all(flow(name, 1, 1)[0].sent() == 0 for name in ("ddp", "fsdp2", "zero1", "zero3"))
 
 
-def test_mixed_precision_halves_gradients_where_weights_are_cast():
-    for name, width in (("ddp", 1.0), ("fsdp2", 0.5), ("zero2", 0.5)):
-        assert flow(name, mixed=True)[0].sent("gradients") == width * flow(name)[0].sent("gradients")
+def test_zero3_gathers_large_factors_with_their_layers():
+    """Beside 40 entries that stay, 200,000 in each pass that they are active in: three micro-batches, two ways."""
+    large = replace(SIZES, trained=(40, 200_000), block_trained=200_040)
+    found = flow("zero3", accumulation=3, sizes=large)[0]
+    assert found.sent("adapter") == pytest.approx(7 / 8 * 4 * (40 + 3 * 2 * 0.5 * 200_000), rel=1e-12)
+
+
+def test_quantised_weights_stay_whole_under_fsdp2():
+    """1200 of the 2000 bytes are quantised: they are neither divided, nor gathered, nor sent to the host."""
+    packed = replace(SIZES, whole_bytes=1200, divided_blocks=(200, 200), divided_rest=400)
+    found, at, _ = flow("fsdp2", sizes=packed)
+    held = memory(at, packed, WORK, 1, 4)
+    assert held.base_weights == 1200 + 800 / 8 and held.buffers == 400 + 2 * 200
+    assert found.sent("weights") == pytest.approx(7 / 8 * (1.75 * 400 + 400), rel=1e-12)
+    found, at, _ = flow("fsdp2", sizes=packed, offload="base")
+    held = memory(at, packed, WORK, 1, 4)
+    assert (held.base_weights, held.host) == (1200, 800 / 8)
+    assert found.host == pytest.approx(1.75 * 800 / 8, rel=1e-12)
 
 
 def test_time_of_a_ring_is_that_of_its_slowest_link_and_its_hops():
@@ -255,26 +276,35 @@ def test_time_of_a_ring_is_that_of_its_slowest_link_and_its_hops():
 def test_memory_of_each_backend():
     """T = 80 trained entries, 2000 bytes of base, 8 processes: the table of `memory.py`."""
 
-    def held(name, accumulation=1, **cluster):
+    def held(name, **cluster):
         _, at, _ = flow(name, **cluster)
-        return memory(at, SIZES, WORK, accumulation, 4)
+        return memory(at, SIZES, WORK, 1, 4)
 
     def parts(m):
         return m.base_weights, m.adapter, m.gradients, m.optimizer
 
     assert parts(held("ddp")) == (2000, 320, 320, 640)
-    assert parts(held("fsdp2")) == (250, 40, 40, 80)
-    assert parts(held("hsdp")) == (500, 80, 80, 160)
+    assert parts(held("fsdp2")) == (250, 320, 320, 640)
+    assert parts(held("hsdp")) == (500, 320, 320, 640)
     assert parts(held("zero1")) == (2000, 320, 320, 120)
     assert parts(held("zero2")) == (2000, 320, 40, 120)
     assert parts(held("zero3")) == (250, 320, 40, 120)  # tensors as small as these stay whole
-    assert held("fsdp2", accumulation=2).gradients == 40 + 320
-    assert held("ddp").buffers == 320 and held("ddp", nodes=1, per_node=1).buffers == 0
-    assert held("ddp").total == 2000 + 320 + 320 + 640 + 1000 + 100 + 320
-    away = held("zero2", offload="optimizer")
-    assert (away.optimizer, away.host) == (0, 120)
-    away = held("fsdp2", offload="all")
-    assert parts(away) == (0, 0, 0, 0) and away.host == 250 + 40 + 40 + 80
+    assert held("zero2").buffers == 4 * 5e8 and held("zero3").buffers == 4 * 5e8 + 2 * 1000
+    assert held("fsdp2").buffers == 400 + 2 * 800 and held("fsdp2", nodes=1, per_node=1).buffers == 0
+
+
+def test_gradients_come_when_activations_go():
+    """320 bytes of gradients and 320 of their flat copy, against the 1100 of the passes; 2960 stay between steps."""
+
+    def total(name, accumulation=1, work=WORK, **cluster):
+        return memory(flow(name, **cluster)[1], SIZES, work, accumulation, 4).total
+
+    assert total("ddp") == 2960 + 1100
+    assert total("ddp", accumulation=2) == 2960 + 1100 + 320
+    few = replace(WORK, kept=100)
+    assert total("ddp", work=few) == 2960 + 640
+    assert total("ddp", work=few, nodes=1, per_node=1) == 2960 + 320
+    assert total("zero2") == 2000 + 320 + 120 + 1100 + 4 * 5e8 + 40
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -324,12 +354,15 @@ SIZE = ["--hidden_size", "32", "--intermediate_size", "64", "--num_hidden_layers
 @pytest.mark.parametrize("flags, words", [
     (["--backend", "dpd"], ['"dpd"', 'did you mean "ddp"', "zero3"]),
     (["--num_nodes", "0"], ["--num_nodes is 0"]),
-    (["--backend", "fsdp2", "--num_nodes", "100", *SIZE, "--max_steps", "4"], ["100 processes", "64 rows", "hsdp"]),
+    (["--backend", "fsdp2", "--num_nodes", "100", *SIZE, "--max_steps", "4"], ["100 processes", "has 64", "ddp"]),
     (["--num_train_examples", "30", "--num_nodes", "4"], ["64 examples", "30", "fewer processes"]),
-    (["--load_in_4bit", "--backend", "zero3", *SIZE, "--max_steps", "4"], ["uint8", "make it float32"]),
-    (["--load_in_8bit", "--backend", "fsdp2", *SIZE, "--max_steps", "4"], ["--load_in_8bit", "--load_in_4bit"]),
-    (["--offload", "all", "--backend", "fsdp2", "ddp"], ["--offload all", "ddp"]),
-    (["--offload", "disk"], ["disk", "optimizer or all"]),
+    (["--load_in_4bit", "--backend", "zero3", *SIZE, "--max_steps", "4"], ["--load_in_4bit and ZeRO-3", "2"]),
+    (["--load_in_8bit", "--backend", "zero3", *SIZE, "--max_steps", "4"], ["--load_in_8bit and ZeRO-3", "2"]),
+    (["--use_dora", "--backend", "zero3", *SIZE, "--max_steps", "4"], ["--use_dora", "ZeRO-3"]),
+    (["--fp16", "--backend", "zero1", *SIZE, "--max_steps", "4"], ["--fp16 under DeepSpeed", "--bf16"]),
+    (["--offload", "base", "--backend", "fsdp2", "ddp"], ["--offload base", "ddp"]),
+    (["--offload", "optimizer", "--backend", "zero2"], ["its own Adam", "base"]),
+    (["--offload", "disk"], ["disk", "must be base"]),
     (["--hidden_size", "32"], ["--hidden_size", "--intermediate_size"]),
     ([*SIZE, "--model_name_or_path", "minilm"], ["--model_name_or_path minilm", "one of them"]),
     ([*SIZE[:-4], "--num_attention_heads", "3", "--vocab_size", "9"], ["--num_attention_heads is 3", "32"]),
@@ -374,7 +407,7 @@ def test_the_pages_tables_are_what_the_command_says(command, text, capsys):
 
 
 def test_the_page_has_its_tables():
-    assert [block[0] for block in BLOCKS] == ["bf16", "nf4", "optimizer_offload", "offload"]
+    assert [block[0] for block in BLOCKS] == ["bf16", "nf4"]
 
 
 def test_saved_adapters_agree_with_their_own_header(tmp_path):
@@ -395,12 +428,14 @@ def test_the_table_of_checks_says_how_far_off_a_plan_was():
     from copra_llm.results import Result
     from copra_llm.summaries.plan import plan_table
 
-    figures = {"trained_parameters": 10.0, "adapter_file_bytes": 50.0, "checkpoint_bytes": 100.0, "memory": 2e6}
-    found = {name: {**figures, "memory": 4e6, "step_seconds": 2.0} for name in ("a", "b")}
+    figures = {"trained_parameters": 10.0, "adapter_file_bytes": 50.0, "checkpoint_bytes": 100.0, "memory": 2e6,
+               "between_steps": 1e6}  # fmt: skip
+    found = {name: {**figures, "memory": 4e6, "between_steps": 1.5e6, "step_seconds": 2.0} for name in ("a", "b")}
     said = {"a": {**figures, "step_seconds": 2.0}, "b": {**figures, "trained_parameters": 11.0, "step_seconds": 3.0}}
     metrics = {f"{n}/measured/{k}": v for n in found for k, v in found[n].items()}
     metrics |= {f"{n}/predicted/{k}": v for n in said for k, v in said[n].items()}
     lines = plan_table([Result("plan_check", {"model_name_or_path": "m", "runs": {"a": {}, "b": {}}}, metrics)])
     first, second = lines.splitlines()[2:]
-    assert first == ("| m | a | 10 | both exact | +0.0 % | 2 MB | 4 MB | -50.0 % | 2.00 s | 2.00 s | calibrated |")
-    assert second == "| m | b | 10 | no | +0.0 % | 2 MB | 4 MB | -50.0 % | 3.00 s | 2.00 s | +50.0 % |"
+    memory = "2 MB | 4 MB | -50.0 % | -500 kB | -60.0 %"
+    assert first == f"| m | a | 10 | both exact | +0.0 % | {memory} | 2.00 s | 2.00 s | calibrated |"
+    assert second == f"| m | b | 10 | no | +0.0 % | {memory} | 3.00 s | 2.00 s | +50.0 % |"

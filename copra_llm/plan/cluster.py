@@ -21,32 +21,29 @@ from copra_llm.settings import setting
 
 BACKENDS = {
     "ddp": "a whole model on each process",
-    "fsdp2": "everything divided over all processes",
-    "hsdp": "FSDP2 divided within a node, copied over nodes",
+    "fsdp2": "the base divided over all processes",
+    "hsdp": "the base divided within a node, copied over nodes",
     "zero1": "optimizer states divided",
     "zero2": "gradients and optimizer states divided",
     "zero3": "everything divided over all processes",
 }
 """Names of `--backend`, and what each divides."""
+NOT_YET = ("hsdp",)
+"""Those that the training loop does not do: it gives FSDP2 no mesh of nodes (`sharded.py`). Named so where shown."""
 DIVIDES_BASE = ("fsdp2", "hsdp", "zero3")
 """Those that divide the base's weights."""
-OFFLOADS = {
-    "optimizer": ("zero1", "zero2", "zero3"),
-    "all": ("fsdp2", "hsdp", "zero3"),
-}
-"""What `--offload` puts into the host's memory -> the backends that can."""
 
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    backend: list[str] = setting(["ddp"], f"One or several of {', '.join(BACKENDS)}: a column of the answer each.")
+    backend: list[str] = setting(
+        ["ddp"],
+        f"One or several of {', '.join(BACKENDS)}: a column of the answer each. {', '.join(NOT_YET)}: on paper alone.",
+    )
     num_nodes: int = setting(1, "Machines.")
     processes_per_node: int = setting(1, "Processes, each with a GPU, a machine.")
     offload: str | None = setting(
-        None, "To the host's memory: optimizer (ZeRO: its states), or all (FSDP2, ZeRO-3: weights too); unset: nothing."
-    )
-    bnb_4bit_quant_storage: str = setting(
-        "uint8", "Type that 4-bit weights are packed in; to divide them it must be that of --dtype."
+        None, "base: what FSDP2 or ZeRO-3 divides of it is kept in the host's memory; unset: nothing is."
     )
     num_train_examples: int | None = setting(None, "Training examples, for --num_train_epochs; unset: --max_steps.")
     device: str = setting("cuda", "cuda, or cpu, where attention with dropout keeps its whole matrix.")
@@ -84,13 +81,15 @@ class ClusterSettings:
     def _check_offload(self) -> None:
         if self.offload is None:
             return
-        if self.offload not in OFFLOADS:
-            hint = nearest(self.offload, OFFLOADS)
-            raise InputError(f'--offload is "{self.offload}"{hint}, but must be {" or ".join(OFFLOADS)}')
-        cannot = next((name for name in self.backend if name not in OFFLOADS[self.offload]), None)
+        if self.offload == "optimizer":
+            raise InputError("--offload is optimizer, but the loop refuses that: DeepSpeed would put its own Adam in "
+                             "place of the one that leaves inactive layers alone; give base, or nothing")  # fmt: skip
+        if self.offload != "base":
+            raise InputError(f'--offload is "{self.offload}", but must be base, or be left out')
+        cannot = next((name for name in self.backend if name not in DIVIDES_BASE), None)
         if cannot is not None:
-            can = ", ".join(OFFLOADS[self.offload])
-            raise InputError(f"--offload {self.offload} is not for --backend {cannot}; give {can}, or no --offload")
+            raise InputError(f"--offload base is for a base that is divided, but --backend {cannot} leaves it whole; "
+                             f"give {', '.join(DIVIDES_BASE)}, or no --offload")  # fmt: skip
 
     @property
     def processes(self) -> int:

@@ -77,23 +77,22 @@ def make_plan(config: RunConfig, cluster: ClusterSettings, shape: ShapeSettings 
     architecture, source = configuration(config.model, shape, config.data.max_length)
     base, model = empty_model(architecture, source, config.model.dtype, config.lora)
     sizes = measure(base, model, config.model, config.lora, config.schedule)
-    mixed = train.mixed_precision != "no"
-    layouts = [layout(name, cluster, mixed) for name in cluster.backend]
+    layouts = [layout(name, cluster) for name in cluster.backend]
     for at in layouts:
-        refuse(at, sizes, config.model, cluster.bnb_4bit_quant_storage)
+        refuse(at, sizes, config)
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps * cluster.processes
     steps = _steps(config, cluster, rows)
     share = participation(config.schedule.schedule(), sizes.players_of_block, steps)
-    works = {at.casts: _work(config, cluster, architecture, at) for at in layouts}
+    works = {pieces: _work(config, cluster, architecture, pieces) for pieces in {at.calls_pieces for at in layouts}}
     return Plan(
         name=source.name,
         sizes=sizes,
         share=share,
-        work=works[layouts[0].casts],
+        work=works[layouts[0].calls_pieces],
         steps=steps,
         tokens_a_step=rows * config.data.max_length,
         checkpoint=sizes.adapter_file + 8 * sizes.trained_params,
-        backends=tuple(_backend(at, config, cluster, sizes, share, works[at.casts]) for at in layouts),
+        backends=tuple(_backend(at, config, cluster, sizes, share, works[at.calls_pieces]) for at in layouts),
     )
 
 
@@ -101,7 +100,8 @@ def _backend(
     at: Layout, config: RunConfig, cluster: ClusterSettings, sizes: Sizes, share: Participation, work: Work
 ) -> BackendPlan:
     accumulation = config.train.gradient_accumulation_steps
-    held = memory(at, sizes, work, accumulation, 2 if at.mixed else dtype_of(config.model.dtype).itemsize)
+    mixed = config.train.mixed_precision != "no"
+    held = memory(at, sizes, work, accumulation, 2 if mixed else dtype_of(config.model.dtype).itemsize)
     flow = traffic(at, sizes, share, accumulation)
     everything = traffic(at, sizes, replace(share, active=1.0), accumulation)
     flops = accumulation * work.flops(share.active, share.reached)
@@ -117,17 +117,15 @@ def _backend(
     )
 
 
-def _work(config: RunConfig, cluster: ClusterSettings, architecture, at: Layout) -> Work:
+def _work(config: RunConfig, cluster: ClusterSettings, architecture, calls_pieces: bool) -> Work:
     train = config.train
     batch = Batch(
         rows=train.per_device_train_batch_size,
         length=config.data.max_length,
         checkpointing=train.gradient_checkpointing,
-        autocast=at.mixed and not at.casts,
-        cast=at.casts,
+        autocast=train.mixed_precision != "no",
         dropout=cluster.device == "cpu",
-        # The hooks by which ZeRO-3 gathers parameters want every piece of a layer called.
-        fused=train.use_fused_lora and at.backend != "zero3",
+        fused=train.use_fused_lora and not calls_pieces,
     )
     return trace(architecture, config.model.dtype, config.lora, config.model.attn_implementation, batch)
 

@@ -1,19 +1,26 @@
-"""Which types, and which parts of a model, does each backend hold on a process?
+"""Which parts of a model does each backend hold on a process, and what does it refuse?
 
-DDP trains the adapter in the type that PEFT gives it, float32; mixed precision is then autocast. FSDP2 gathers weights
-and divides gradients in bfloat16 under mixed precision, and keeps its shards as they were. ZeRO turns the whole model
-into bfloat16 and keeps a float32 copy of what is trained with the optimizer's states (ZeRO, arXiv 1910.02054,
-section 3.1: K = 12 bytes a parameter).
+    ddp       all of it
+    fsdp2     the base divided over all processes, but for quantised weights; the adapter, its gradients and optimizer
+              states whole (`sharded.py`)
+    hsdp      the same, the base divided over the processes of a node alone
+    zero1     all of it, the optimizer's states divided
+    zero2     gradients too
+    zero3     base and adapter too
+
+The adapter is float32, as PEFT makes it, and so are its gradients and, with ZeRO, the copy that the optimizer steps;
+mixed precision is autocast with every backend. So the base keeps its own type where it is divided and gathered.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.plan.cluster import DIVIDES_BASE, ClusterSettings
 from copra_llm.plan.sizes import Sizes
-from copra_llm.settings import ModelSettings
+from copra_llm.zero import check_run
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,6 @@ class Layout:
     nodes: int
     share: int
     """Processes that what is divided is divided over; 1: nothing is."""
-    mixed: bool
-    """Mixed precision in 16 bits."""
     offload: str | None
 
     @property
@@ -36,50 +41,30 @@ class Layout:
         return self.backend.startswith("zero")
 
     @property
-    def fsdp(self) -> bool:
-        return self.backend in ("fsdp2", "hsdp")
-
-    @property
     def divides_base(self) -> bool:
         return self.backend in DIVIDES_BASE
 
     @property
-    def casts(self) -> bool:
-        """Whether it computes with weights in 16 bits, whatever their own type."""
-        return self.mixed and (self.zero or self.fsdp)
-
-    @property
-    def trained_width(self) -> int:
-        """Bytes of a trained entry where it is kept between steps."""
-        return 2 if self.zero and self.mixed else 4
-
-    @property
-    def gradient_width(self) -> int:
-        """Bytes of a gradient's entry on its way to other processes."""
-        return 2 if self.casts else 4
+    def calls_pieces(self) -> bool:
+        """Whether adapted layers run as PEFT has them: the hooks by which ZeRO-3 gathers want each piece called."""
+        return self.backend == "zero3"
 
 
-def layout(backend: str, cluster: ClusterSettings, mixed: bool) -> Layout:
+def layout(backend: str, cluster: ClusterSettings) -> Layout:
     """The layout of one of `--backend`'s names."""
     n, m = cluster.processes, cluster.processes_per_node
     share = {"ddp": 1, "hsdp": m}.get(backend, n)
-    return Layout(backend, n, m, cluster.num_nodes, share, mixed, cluster.offload)
+    return Layout(backend, n, m, cluster.num_nodes, share, cluster.offload)
 
 
-def refuse(at: Layout, sizes: Sizes, model: ModelSettings, quant_storage: str) -> None:
-    """Refuse what a backend cannot do.
+def refuse(at: Layout, sizes: Sizes, run: RunConfig) -> None:
+    """Refuse what the loop refuses, and what cannot be divided.
 
     Raises:
-        InputError: for a quantised base that cannot be divided, or more processes than a weight has rows.
+        InputError: for settings that a backend cannot honour, or more processes than a weight has rows.
     """
-    if not at.divides_base:
-        return
-    if model.load_in_8bit:
-        raise InputError(f"--load_in_8bit is not for --backend {at.backend}, which would have to divide 8-bit weights "
-                         "and their scales; give --load_in_4bit, or ddp")  # fmt: skip
-    if model.load_in_4bit and quant_storage != model.dtype:
-        raise InputError(f"--backend {at.backend} divides 4-bit weights only if they are packed in the base's type, "
-                         f"but --bnb_4bit_quant_storage is {quant_storage}; make it {model.dtype}")  # fmt: skip
-    if at.share > sizes.largest_rows:
-        raise InputError(f"--backend {at.backend} would divide weights over {at.share} processes, but the longest "
-                         f"has {sizes.largest_rows} rows; give fewer processes, or hsdp")  # fmt: skip
+    if at.zero:
+        check_run(run, int(at.backend[-1]))
+    elif at.share > sizes.largest_rows:
+        raise InputError(f"--backend {at.backend} divides weights by rows over {at.share} processes, but the longest "
+                         f"has {sizes.largest_rows}; give fewer processes, or ddp")  # fmt: skip

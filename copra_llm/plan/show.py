@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from copra_llm.plan.cluster import NOT_YET
 from copra_llm.plan.estimate import BackendPlan, Plan
 from copra_llm.report.tables import markdown_table
 from copra_llm.results import Result
@@ -16,6 +17,7 @@ PARTS = {
     "activations": "activations",
     "logits": "logits, temporary results",
     "buffers": "communication buffers",
+    "exchange": "gradients sent, after the backward pass",
 }
 """Fields of `memory.Memory` on the device -> their names."""
 
@@ -84,7 +86,8 @@ def _backends(plan: Plan) -> str:
     names = [name for name, _ in lines[0]]
     rows = [(name, *(dict(column)[name] for column in lines)) for name in names]
     rows = [row for row in rows if any(cell != "0" for cell in row[1:]) or row[0] in PARTS.values()]
-    return markdown_table([("a process",), *((b.backend,) for b in plan.backends)], rows)
+    names = [f"{b.backend} (not in the loop yet)" if b.backend in NOT_YET else b.backend for b in plan.backends]
+    return markdown_table([("a process",), *((name,) for name in names)], rows)
 
 
 def _column(b: BackendPlan, steps: int) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ A quantised linear layer of n weights takes, in bytes,
 blocks rounded up: packed numbers, a scale a block (float32, or 8 bits with a float32 a block of those), code books.
 
 Source: Dettmers et al., QLoRA (arXiv 2305.14314), section 3: blocks of 64 and 256, 4.127 bits a weight; LLM.int8()
-(arXiv 2208.07339): a float32 a row. Embeddings, norms and output layer stay in the base's type, as transformers has it.
+(arXiv 2208.07339): a float32 a row. Linear layers of blocks are quantised, the rest stays in the base's type.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +28,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig
-from transformers.quantizers.base import get_keys_to_not_convert
 
 from copra_llm.errors import InputError
-from copra_llm.gates import base_name, group_players
+from copra_llm.gates import FIRST_INTEGER, base_name, group_players
 from copra_llm.gguf import quiet_loading
 from copra_llm.models import AUTO, Base, Source, add_adapter, base_config, dtype_of, extra_arguments, kind_of
 from copra_llm.plan.cluster import ShapeSettings
@@ -43,10 +43,11 @@ class Sizes:
 
     base_params: int
     base_bytes: int
-    block_params: dict[str, int]
-    """Of the base, each transformer block's."""
-    block_bytes: dict[str, int]
-    rest_bytes: int
+    whole_bytes: int
+    """Of the base, quantised weights: they are not divided."""
+    divided_blocks: tuple[int, ...]
+    """Of the base, each transformer block's bytes beside them."""
+    divided_rest: int
     """Of the base, what belongs to no block: embeddings, last norm, output layer."""
     largest_rows: int
     """Rows of the base's longest weight: FSDP2 divides by rows."""
@@ -65,6 +66,10 @@ class Sizes:
     @property
     def trained_params(self) -> int:
         return sum(self.trained)
+
+    @property
+    def divided_bytes(self) -> int:
+        return sum(self.divided_blocks) + self.divided_rest
 
 
 def configuration(model: ModelSettings, shape: ShapeSettings, max_length: int) -> tuple[PreTrainedConfig, Source]:
@@ -118,7 +123,7 @@ def measure(
     Raises:
         InputError: if no adapted module stands in a block, or a pattern finds none.
     """
-    tensors, matrices = _base_tensors(base.model, settings)
+    tensors, quantised = _base_tensors(base.model, settings)
     blocks = group_players(tensors, "layer", gates.layer_pattern)
     adapted = {base_name(n.rpartition(".lora_")[0]): 0 for n, p in model.named_parameters() if p.requires_grad}
     players = group_players(adapted, gates.granularity, gates.layer_pattern)
@@ -129,16 +134,17 @@ def measure(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inside = [name for name in trained if base_name(name.rpartition(".lora_")[0]) in in_players]
     block_of = group_players(in_players, "layer", gates.layer_pattern)
-    block_bytes = {key: sum(tensors[name][1] for name in names) for key, names in blocks.items()}
+    divided = {name: 0 if name in quantised else size for name, (_, size) in tensors.items()}
+    of_blocks = tuple(sum(divided[name] for name in names) for names in blocks.values())
     total = sum(size for _, size in tensors.values())
     return Sizes(
         base_params=sum(n for n, _ in tensors.values()),
         base_bytes=total,
-        block_params={key: sum(tensors[name][0] for name in names) for key, names in blocks.items()},
-        block_bytes=block_bytes,
-        rest_bytes=total - sum(block_bytes.values()),
+        whole_bytes=total - sum(divided.values()),
+        divided_blocks=of_blocks,
+        divided_rest=sum(divided.values()) - sum(of_blocks),
         largest_rows=max(p.shape[0] for n, p in base.model.named_parameters() if p.dim() and not p.requires_grad),
-        largest_matrix=max(matrices, default=0),
+        largest_matrix=max((tensors[name][0] for name in quantised), default=0),
         trained=tuple(p.numel() for p in trained.values()),
         trained_bytes=sum(p.numel() * p.element_size() for p in trained.values()),
         players_of_block=tuple(len(n) if gates.granularity == "module" else 1 for n in block_of.values()),
@@ -177,27 +183,24 @@ def safetensors_bytes(tensors: dict[str, tuple[str, tuple[int, ...], int]], meta
     return 8 + math.ceil(length / 8) * 8 + start
 
 
-def _base_tensors(model: nn.Module, settings: ModelSettings) -> tuple[dict[str, tuple[int, int]], list[int]]:
-    """`{base parameter's name: (entries, bytes)}`, and the entries of each quantised weight."""
+def _base_tensors(model: nn.Module, settings: ModelSettings) -> tuple[dict[str, tuple[int, int]], set[str]]:
+    """`{base parameter's name: (entries, bytes)}`, and the names of those that are quantised."""
     frozen = {}
     quantised = _quantised(model) if settings.load_in_4bit or settings.load_in_8bit else set()
-    matrices = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             continue
         size = p.numel() * p.element_size()
         if name.replace(".base_layer", "") in quantised:
             size = quantised_bytes(*p.shape, settings)
-            matrices.append(p.numel())
         frozen[name.replace(".base_layer", "")] = (p.numel(), size)
-    return frozen, matrices
+    return frozen, quantised
 
 
 def _quantised(model: nn.Module) -> set[str]:
-    """Names of the weights that transformers has bitsandbytes quantise, in the base without an adapter."""
-    kept = {key.replace(".base_layer", "") for key in get_keys_to_not_convert(model)}
-    linear = (n.replace(".base_layer", "") for n, m in model.named_modules() if isinstance(m, nn.Linear))
-    return {f"{name}.weight" for name in linear if not any(name == k or name.endswith(f".{k}") for k in kept)}
+    """Names of the weights that are quantised, in the base without an adapter: `quantised_base.py`'s rule."""
+    linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad)
+    return {f"{n.replace('.base_layer', '')}.weight" for n in linear if re.search(FIRST_INTEGER, n)}
 
 
 _TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -86,8 +86,6 @@ class Batch:
     """Activations recomputed in the backward pass."""
     autocast: bool
     """Products in bfloat16, weights in their own type."""
-    cast: bool
-    """Weights and adapter in bfloat16, as FSDP2 and ZeRO do with mixed precision."""
     dropout: bool
     """Attention's dropout keeps its matrix (on CPUs)."""
     fused: bool
@@ -167,8 +165,6 @@ def _run(config, dtype: str, lora: LoraSettings, attention: str | None, batch: B
     if base.kind not in ("causal", "encoder"):
         raise InputError(f"a {config.model_type} model is a {base.kind} model, but only causal language models and "
                          "encoders are planned; give one of them")  # fmt: skip
-    if batch.cast:
-        model.to(torch.bfloat16)
     if batch.checkpointing:
         # There is no dropout's noise to repeat.
         base.model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})

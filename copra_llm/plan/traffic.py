@@ -5,17 +5,20 @@ all-reduce them twice that (Patarasu and Yuan 2009, doi 10.1016/j.jpdc.2008.09.0
 divided base weights, a micro-batches a step, and a (reached) share r of the blocks in the backward pass:
 
     ddp       all-reduce of G, once a step
-    fsdp2     gather of W forward, of r W backward, each micro-batch; reduce and scatter of G once a step
-    hsdp      the same within a node; then an all-reduce of each process's share of G between the nodes
-    zero1     reduce and scatter of G and gather of the adapter, once a step
+    fsdp2     the same; gather of W forward, of r W backward, each micro-batch
+    hsdp      the same, gathers within a node
+    zero1     all-reduce of G and gather of the adapter, once a step
     zero2     the same, the first of them each micro-batch
-    zero3     gather of W forward, of r W backward, reduce and scatter of G, each micro-batch
+    zero3     gather of W and adapter forward, of r of them backward, reduce and scatter of G, each micro-batch
 
-G is that of the active players under DDP and FSDP2, an expected value under CopRA; ZeRO's states are flat, so all of it
-travels. What stands in no block is gathered once a micro-batch by FSDP2, and twice by ZeRO-3.
+G is that of the active players, an expected value under CopRA: the loop sends no more under DDP and FSDP2
+(`exchange.py`), and DeepSpeed reduces a gradient when it is there (0.19: stages 1 and 2 all-reduce what each process
+then keeps its part of, `use_multi_rank_bucket_allreduce`). What ZeRO-1 and 2 gather are flat vectors, all of the
+adapter. What stands in no block is gathered once a micro-batch by FSDP2, and twice by ZeRO-3, which gathers tensors of
+at most 1e5 entries once a step.
 
 Time of a ring: its bytes at the speed of its slowest link, and a latency for each of its n - 1 hops (NCCL's own model,
-tuning.cc). A ring over nodes uses all their network adapters; rings of `hsdp` between nodes share them.
+tuning.cc). A ring over nodes uses all their network adapters.
 
 Source: ZeRO (arXiv 1910.02054), section 7; FSDP (arXiv 2304.11277).
 """
@@ -28,7 +31,7 @@ from dataclasses import dataclass
 from copra_llm.plan.cluster import ClusterSettings
 from copra_llm.plan.expected import Participation
 from copra_llm.plan.layout import Layout
-from copra_llm.plan.memory import gathered_width
+from copra_llm.plan.memory import PERSISTS
 from copra_llm.plan.sizes import Sizes
 
 ALL_REDUCE, GATHER, REDUCE_SCATTER = 2, 1, 1
@@ -49,8 +52,6 @@ class Ring:
     """Calls a step; an expected value where masks decide."""
     parts: float = 1.0
     """Collectives that a call consists of: one a block."""
-    between: bool = False
-    """Whether its hops are between nodes alone."""
 
     @property
     def sent(self) -> float:
@@ -84,51 +85,43 @@ def traffic(at: Layout, sizes: Sizes, share: Participation, accumulation: int) -
                    _host(at, sizes, share, accumulation))  # fmt: skip
 
 
-def all_gradients(sizes: Sizes, at: Layout) -> float:
-    """Bytes of the gradients of all players, and of what is no player."""
-    return at.gradient_width * sizes.trained_params
-
-
-def active_gradients(sizes: Sizes, at: Layout, share: Participation) -> float:
+def active_gradients(sizes: Sizes, share: Participation) -> float:
     """Expected bytes of the gradients of the active players, and of what is no player."""
     always = sizes.trained_params - sizes.block_trained
-    return at.gradient_width * (always + share.active * sizes.block_trained)
+    return 4.0 * (always + share.active * sizes.block_trained)
 
 
 def _rings(at: Layout, sizes: Sizes, share: Participation, accumulation: int) -> Iterable[Ring]:
-    n, m, blocks = at.processes, at.per_node, len(sizes.block_bytes)
-    active = active_gradients(sizes, at, share)
-    if at.backend == "ddp":
-        yield Ring("gradients", ALL_REDUCE, active, n, 1)
-        return
+    n, active = at.processes, active_gradients(sizes, share)
     if at.divides_base:
         yield from _gathers(at, sizes, share, accumulation)
-    if at.fsdp:
-        yield Ring("gradients", REDUCE_SCATTER, active, at.share, 1, share.active * blocks)
-        if at.backend == "hsdp":
-            yield Ring("gradients", ALL_REDUCE, active / m, at.nodes, 1, share.active * blocks, between=True)
+    if at.backend == "zero3":
+        yield Ring("gradients", REDUCE_SCATTER, active, n, accumulation)
+        yield from _gathers_of_adapter(at, sizes, share, accumulation)
         return
-    yield Ring("gradients", REDUCE_SCATTER, all_gradients(sizes, at), n, 1 if at.backend == "zero1" else accumulation)
-    if at.backend != "zero3":
-        yield Ring("adapter", GATHER, at.trained_width * sizes.trained_params, n, 1)
+    yield Ring("gradients", ALL_REDUCE, active, n, accumulation if at.backend == "zero2" else 1)
+    if at.zero:
+        yield Ring("adapter", GATHER, 4.0 * sizes.trained_params, n, 1)
 
 
 def _gathers(at: Layout, sizes: Sizes, share: Participation, accumulation: int) -> Iterable[Ring]:
-    width, blocks = gathered_width(at, sizes), len(sizes.block_bytes)
-    inside = sum(sizes.block_bytes.values()) * width
     passes = accumulation * (1 + share.reached)
-    yield Ring("weights", GATHER, inside, at.share, passes, blocks)
-    yield Ring("weights", GATHER, sizes.rest_bytes * width, at.share, accumulation * (1 if at.fsdp else 2))
+    yield Ring("weights", GATHER, sum(sizes.divided_blocks), at.share, passes, len(sizes.divided_blocks))
+    yield Ring("weights", GATHER, sizes.divided_rest, at.share, accumulation * (2 if at.zero else 1))
+
+
+def _gathers_of_adapter(at: Layout, sizes: Sizes, share: Participation, accumulation: int) -> Iterable[Ring]:
+    small = sum(n for n in sizes.trained if n <= PERSISTS)
+    yield Ring("adapter", GATHER, 4.0 * small, at.processes, 1)
+    # Not apart from the weights of their blocks: they wait for no latency of their own.
+    large = accumulation * share.active * 2
+    yield Ring("adapter", GATHER, 4.0 * (sizes.trained_params - small), at.processes, large, 0)
 
 
 def _host(at: Layout, sizes: Sizes, share: Participation, accumulation: int) -> float:
     if at.offload is None:
         return 0.0
-    # Gradients go down, what the optimizer has made of them comes up.
-    steps = (at.gradient_width + at.trained_width) * sizes.trained_params / at.share
-    if at.offload == "optimizer":
-        return steps
-    return steps + accumulation * (1 + share.reached) * sizes.base_bytes * gathered_width(at, sizes) / at.share
+    return accumulation * (1 + share.reached) * sizes.divided_bytes / at.share
 
 
 def seconds(flow: Traffic, at: Layout, cluster: ClusterSettings) -> float:
@@ -137,12 +130,9 @@ def seconds(flow: Traffic, at: Layout, cluster: ClusterSettings) -> float:
 
 
 def _ring_seconds(ring: Ring, at: Layout, cluster: ClusterSettings) -> float:
-    if ring.between:
-        hops, speed = (ring.processes - 1) * cluster.inter_node_latency, cluster.inter_node_bandwidth / at.per_node
-    else:
-        nodes = at.nodes if ring.processes > at.per_node else 1
-        within = ring.processes - nodes
-        hops = (nodes - 1) * cluster.inter_node_latency + within * cluster.intra_node_latency
-        links = [cluster.intra_node_bandwidth] if within else []
-        speed = min([*links, cluster.inter_node_bandwidth] if nodes > 1 else [cluster.intra_node_bandwidth])
+    nodes = at.nodes if ring.processes > at.per_node else 1
+    within = ring.processes - nodes
+    hops = (nodes - 1) * cluster.inter_node_latency + within * cluster.intra_node_latency
+    links = [cluster.intra_node_bandwidth] if within else []
+    speed = min([*links, cluster.inter_node_bandwidth] if nodes > 1 else [cluster.intra_node_bandwidth])
     return ring.sent / speed + ring.calls * ring.parts * ring.rounds * hops

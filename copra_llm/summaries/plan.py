@@ -10,7 +10,10 @@ from copra_llm.results import Result
 
 
 def plan_table(results: Iterable[Result]) -> str:
-    """Markdown: a row a run; errors are predicted minus measured, in percent of measured."""
+    """Markdown: a row a run; errors are predicted minus measured, in percent of measured or in bytes.
+
+    Memory is split where a step begins: what stays between steps, and what comes on top while it computes.
+    """
     rows = []
     for r in (r for r in results if r.protocol == "plan_check"):
         for i, name in enumerate(r.config["runs"]):
@@ -21,13 +24,19 @@ def plan_table(results: Iterable[Result]) -> str:
                 r.config["model_name_or_path"], name, f"{found['trained_parameters']:.0f}",
                 "both exact" if all(same) else "no", _error(said, found, "checkpoint_bytes"),
                 in_bytes(said["memory"]), in_bytes(found["memory"]), _error(said, found, "memory"),
+                in_bytes(said["between_steps"] - found["between_steps"]),
+                _error(_on_top(said), _on_top(found), "on_top"),
                 f"{said['step_seconds']:.2f} s", f"{found['step_seconds']:.2f} s",
                 "calibrated" if i == 0 else _error(said, found, "step_seconds"),
             ))  # fmt: skip
     columns = [("model",), ("run",), ("trained",), ("parameters, adapter file",), ("checkpoint",),
-               ("memory: predicted",), ("measured",), ("error",),
+               ("memory: predicted",), ("measured",), ("error",), ("of it between steps",), ("on top in a step",),
                ("step: predicted",), ("measured",), ("error",)]  # fmt: skip
     return markdown_table(columns, rows)
+
+
+def _on_top(figures: dict[str, float]) -> dict[str, float]:
+    return {"on_top": figures["memory"] - figures["between_steps"]}
 
 
 def _error(said: dict[str, float], found: dict[str, float], key: str) -> str:

@@ -1,6 +1,7 @@
 """Is what `copra plan` says so? Predicted against measured, on this machine's CPU.
 
     python eval/plan/run.py [--models minilm smollm2]       (needs $COPRA_DATA with mtl15/imdb and instruct/alpaca)
+    python eval/plan/run.py --keep_measured                 (the plan has changed, what it is held against has not)
 
 Every run is a process of its own with one thread: the peak of its resident memory above what it was before the model
 was loaded, what of it stays between steps, parameters, files, and the user-mode CPU seconds of its steps after the
@@ -19,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from copra_llm.errors import InputError, exit_on_input_error
-from copra_llm.results import Result, environment, write_result
+from copra_llm.results import Result, environment, read_result, write_result
 
 HERE = Path(__file__).parent
 BLOCK = 65536
@@ -127,7 +129,7 @@ def predicted(values: dict) -> dict:
         "adapter_file_bytes": plan.sizes.adapter_file,
         "checkpoint_bytes": plan.checkpoint,
         "memory": backend.memory.total,
-        "between_steps": backend.memory.base_weights + backend.memory.adapter + backend.memory.optimizer,
+        "between_steps": backend.memory.between_steps,
         "flops": backend.flops,
     }
 
@@ -143,11 +145,51 @@ def in_a_process(what: str, values: dict) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def check(plan: dict, model: str, file: Path) -> None:
+    """All runs of a model; the record is written after each, so what is done stays."""
+    started, metrics, done = time.time(), {}, {}
+    for name in plan[model]["runs"]:
+        values = settings(plan, model, name)
+        with tempfile.TemporaryDirectory() as folder:
+            found = in_a_process("measured", values | {"output_dir": folder})
+        done[name] = plan[model]["runs"][name]
+        metrics |= {f"{name}/measured/{key}": value for key, value in found.items()}
+        metrics |= compared(metrics, done, name, values)
+        config = {"model_name_or_path": model, **plan["common"], "runs": done}
+        record = Result("plan_check", config, metrics, time.time() - started, steps=plan["common"]["max_steps"],
+                        environment=environment(threads=1))  # fmt: skip
+        write_result(file, record)
+
+
+def predict_again(plan: dict, model: str, file: Path) -> None:
+    """What a record has measured beside what the plan says now."""
+    if not file.is_file():
+        raise InputError(f"{file} is not there, so nothing was measured; leave --keep_measured out")
+    record = read_result(file)
+    metrics = {key: value for key, value in record.metrics.items() if "/measured/" in key}
+    for name in record.config["runs"]:
+        metrics |= compared(metrics, record.config["runs"], name, settings(plan, model, name))
+    write_result(file, replace(record, metrics=metrics))
+
+
+def compared(metrics: dict, runs: dict, name: str, values: dict) -> dict:
+    """What the plan says of a run, the time at the speed that the first of `runs` has shown."""
+    said, first = in_a_process("predicted", values), next(iter(runs))
+    flops = said["flops"] if name == first else metrics[f"{first}/predicted/flops"]
+    said["step_seconds"] = said["flops"] / flops * metrics[f"{first}/measured/step_seconds"]
+    for few in values.get("dataset_name", []):
+        Path(few).unlink(missing_ok=True)
+    for key in ("memory", "step_seconds"):
+        print(f"{name}: {key} {said[key]:.4g} said, {metrics[f'{name}/measured/{key}']:.4g} found", flush=True)
+    return {f"{name}/predicted/{key}": value for key, value in said.items()}
+
+
 @exit_on_input_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["minilm", "smollm2"])
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--keep_measured", action="store_true", help="predict anew what the records have measured")
     parser.add_argument("--worker", choices=("measured", "predicted"), help=argparse.SUPPRESS)
     parser.add_argument("--values", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -156,28 +198,11 @@ def main() -> None:
         return
     plan = yaml.safe_load((HERE / "plan.yaml").read_text(encoding="utf-8"))
     for model in args.models:
-        started, metrics, done, speed = time.time(), {}, {}, None
-        for name in plan[model]["runs"]:
-            values = settings(plan, model, name)
-            with tempfile.TemporaryDirectory() as folder:
-                found = in_a_process("measured", values | {"output_dir": folder})
-            said = in_a_process("predicted", values)
-            speed = speed or said["flops"] / found["step_seconds"]
-            said["step_seconds"] = said["flops"] / speed
-            metrics |= {f"{name}/measured/{key}": value for key, value in found.items()}
-            metrics |= {f"{name}/predicted/{key}": value for key, value in said.items()}
-            print(
-                f"{model}, {name}: memory {said['memory'] / 1e6:.0f} MB said, {found['memory'] / 1e6:.0f} found; "
-                f"a step {said['step_seconds']:.2f} s said, {found['step_seconds']:.2f} found",
-                flush=True,
-            )
-            for file in values.get("dataset_name", []):
-                Path(file).unlink(missing_ok=True)
-            done[name] = plan[model]["runs"][name]
-            config = {"model_name_or_path": model, **plan["common"], "runs": done}
-            record = Result("plan_check", config, metrics, time.time() - started, steps=plan["common"]["max_steps"],
-                            environment=environment(threads=1))  # fmt: skip
-            write_result(args.results / f"{model}.json", record)  # after each run: what is done stays
+        file = args.results / f"{model}.json"
+        if args.keep_measured:
+            predict_again(plan, model, file)
+        else:
+            check(plan, model, file)
 
 
 if __name__ == "__main__":
