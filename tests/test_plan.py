@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from copra_llm.cli import main
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.gates import LayerGates
 from copra_llm.masks import sample_mask
-from copra_llm.models import add_adapter, load_base
+from copra_llm.models import Base, Source, add_adapter, load_base
 from copra_llm.plan.cluster import ClusterSettings, ShapeSettings
 from copra_llm.plan.estimate import make_plan
 from copra_llm.plan.expected import Participation, lowest_inactive_prob, participation
@@ -35,7 +36,7 @@ from copra_llm.settings import LoraSettings, ModelSettings, ScheduleSettings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "large-runs.md"
 ALL = LoraSettings(lora_r=4, lora_target_modules=["all-linear"])
-SMALL = Batch(2, 16, checkpointing=False, autocast=False, dropout=False, fused=False)
+SMALL = Batch(2, 16, checkpointing=False, autocast=False, dropout=False, fused=False, masked=False)
 WORK = Work(kept=1000, beyond=100, forward=1, forward_lora=1, backward_blocks=1, backward_head=0, backward_lora=1)
 SIZES = Sizes(
     base_params=1000, base_bytes=2000, whole_bytes=0, divided_blocks=(800, 800), divided_rest=400, largest_rows=64,
@@ -143,13 +144,14 @@ def test_operations_of_a_step_by_hand(tiny_llama):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_bytes_kept_are_what_autograd_keeps(tiny_llama, fused, dropout):
+@pytest.mark.parametrize("dropout, packed", [(0.0, False), (0.1, False), (0.0, True)])
+def test_bytes_kept_are_what_autograd_keeps(tiny_llama, fused, dropout, packed):
     """On real tensors: the distinct storages that autograd saves, but for parameters; PEFT's path and the loop's."""
     lora = replace(ALL, lora_dropout=dropout)
-    settings = ModelSettings(str(tiny_llama))
-    config, _ = configuration(settings, ShapeSettings(), 16)
-    base = load_base(settings)
+    config, _ = configuration(ModelSettings(str(tiny_llama)), ShapeSettings(), 16)
+    config.num_key_value_heads = config.num_attention_heads // 2  # which a mask undoes
+    model = LlamaForCausalLM(config).requires_grad_(False)
+    base = Base(model, None, Source("", ""), "causal", "")
     model = add_adapter(base, lora, 0).train()
     gates = LayerGates(model, fused=fused)
     owned = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
@@ -163,10 +165,12 @@ def test_bytes_kept_are_what_autograd_keeps(tiny_llama, fused, dropout):
     ids = torch.zeros(SMALL.rows, SMALL.length, dtype=torch.long)
     everything = gates.applied([True] * gates.num_layers)
     with everything, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        base.model.get_decoder()(input_ids=ids, use_cache=False)
+        positions = torch.arange(SMALL.length)[None].expand(SMALL.rows, -1)
+        positions = positions % (SMALL.length // 2) if packed else positions
+        base.model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)
     kept = sum(t.untyped_storage().nbytes() for t in saved.values())
     # Besides what autograd saves there are the hidden states themselves, and positions of a few bytes a token.
-    extra = trace(config, "float32", lora, None, replace(SMALL, fused=fused)).kept - kept
+    extra = trace(config, "float32", lora, None, replace(SMALL, fused=fused, masked=packed)).kept - kept
     assert 0 <= extra <= 2 * SMALL.rows * SMALL.length * 32 * 4
 
 

@@ -1,7 +1,7 @@
 """`copra plan`: what a run will need, before it is started.
 
 copra plan --model_name_or_path smollm2 --max_length 512 --max_steps 500
-copra plan --model_name_or_path smollm2 --num_nodes 2 --processes_per_node 8 --backend ddp fsdp2 hsdp --max_steps 500
+copra plan --model_name_or_path smollm2 --num_nodes 2 --processes_per_node 8 --backend ddp fsdp2 zero3 --max_steps 500
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ class ClusterSettings:
         None, "base: what FSDP2 or ZeRO-3 divides of it is kept in the host's memory; unset: nothing is."
     )
     num_train_examples: int | None = setting(None, "Training examples, for --num_train_epochs; unset: --max_steps.")
+    packing: bool = setting(False, "Rows hold several examples; attention other than FlashAttention then has a mask.")
     device: str = setting("cuda", "cuda, or cpu, where attention with dropout keeps its whole matrix.")
     device_memory: float = setting(80e9, "Memory of a GPU in bytes.")
     reserved_memory: float = setting(4e9, "Of it, bytes left to CUDA, NCCL and fragmentation.")

@@ -118,7 +118,7 @@ def _backend(
 
 
 def _work(config: RunConfig, cluster: ClusterSettings, architecture, calls_pieces: bool) -> Work:
-    train = config.train
+    train, attention = config.train, config.model.attn_implementation
     batch = Batch(
         rows=train.per_device_train_batch_size,
         length=config.data.max_length,
@@ -126,8 +126,9 @@ def _work(config: RunConfig, cluster: ClusterSettings, architecture, calls_piece
         autocast=train.mixed_precision != "no",
         dropout=cluster.device == "cpu",
         fused=train.use_fused_lora and not calls_pieces,
+        masked=cluster.packing and not (attention or "").startswith("flash_attention"),
     )
-    return trace(architecture, config.model.dtype, config.lora, config.model.attn_implementation, batch)
+    return trace(architecture, config.model.dtype, config.lora, attention, batch)
 
 
 def _steps(config: RunConfig, cluster: ClusterSettings, rows: int) -> int:

@@ -7,7 +7,9 @@ arXiv 2205.05198, section 4: s b h (34 + 5 a s / h) bytes a block, all weights t
 frozen layers keep no inputs.
 
 Attention is taken to be fused (FlashAttention, arXiv 2205.14135): it keeps queries, keys, values, outputs and one
-number a row, and not the (tokens x tokens) matrix; `eager` does. Its operations are 4 s^2 d a head, half of them if
+number a row, and not the (tokens x tokens) matrix; `eager` does. Where rows are packed it has a mask, and keeps that as
+float numbers in each block, and keys and values once for each query head (transformers' `sdpa_attention`; not with
+FlashAttention). Its operations are 4 s^2 d a head, half of them if
 causal, and 2.5 times as many backward (FlashAttention-2, arXiv 2307.08691, section 4.1).
 
 Blocks are alike, so two and three of them are enough to know any number: what is kept and computed grows linearly, and
@@ -90,6 +92,8 @@ class Batch:
     """Attention's dropout keeps its matrix (on CPUs)."""
     fused: bool
     """Adapted linear layers in one pass (`fused_linear.py`), as the loop does where it can."""
+    masked: bool
+    """Attention has a mask of tokens by tokens: packed rows, without FlashAttention."""
 
 
 def trace(config: PreTrainedConfig, dtype: str, lora: LoraSettings, attention: str | None, batch: Batch) -> Work:
@@ -184,7 +188,7 @@ def _run(config, dtype: str, lora: LoraSettings, attention: str | None, batch: B
 
 def _count(base: Base, model: PeftModel, batch: Batch, known: list[Tensor], players: int, config) -> _Run:
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
-    with _attention_matrix(batch.dropout), _Meter([*known, ids]) as meter:
+    with _Meter([*known, ids]) as meter, _attention(batch):
         with torch.autocast("cpu", torch.bfloat16, enabled=batch.autocast):
             hidden, loss_of = _forward(base, model, ids, config)
             kept = meter.now
@@ -269,25 +273,32 @@ def _fused() -> str:
     return FUSED
 
 
-_kept = {"matrix": False}
+_now: dict = {"matrix": False, "mask": None}
 
 
 @contextmanager
-def _attention_matrix(kept: bool):
-    """Within the block, attention with dropout keeps its matrix."""
-    before = _kept["matrix"]
-    _kept["matrix"] = kept
+def _attention(batch: Batch):
+    """Within the block, attention with dropout keeps its matrix, and has a mask, if the batch says so."""
+    before = dict(_now)
+    mask = torch.ones(batch.rows, 1, batch.length, batch.length, dtype=torch.bool) if batch.masked else None
+    _now.update(matrix=batch.dropout, mask=mask)
     try:
         yield
     finally:
-        _kept["matrix"] = before
+        _now.update(before)
 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **more):
     """transformers' interface: `(batch, heads, tokens, size)` -> `(batch, tokens, heads, size)`, no weights."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    options = {"is_causal": causal, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout if _kept["matrix"] else 0.0, **options)
+    causal, mask = getattr(module, "is_causal", True) if is_causal is None else is_causal, _now["mask"]
+    heads = query.shape[1] // key.shape[1]
+    if mask is not None and heads > 1:
+        # transformers does so: with a mask, fused kernels do not take fewer heads of keys than of queries.
+        key, value = (t.repeat_interleave(heads, dim=1) for t in (key, value))
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout if _now["matrix"] else 0.0,
+        is_causal=causal and mask is None, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
 

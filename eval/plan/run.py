@@ -122,7 +122,7 @@ def predicted(values: dict) -> dict:
     from copra_llm.plan.cluster import ClusterSettings
     from copra_llm.plan.estimate import make_plan
 
-    plan = make_plan(RunConfig().replace(**values), ClusterSettings(device="cpu"))
+    plan = make_plan(RunConfig().replace(**values), ClusterSettings(device="cpu", packing=values.get("packing", False)))
     (backend,) = plan.backends
     return {
         "trained_parameters": plan.sizes.trained_params,
