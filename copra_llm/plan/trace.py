@@ -9,8 +9,8 @@ frozen layers keep no inputs.
 Attention is taken to be fused (FlashAttention, arXiv 2205.14135): it keeps queries, keys, values, outputs and one
 number a row, and not the (tokens x tokens) matrix; `eager` does. Where rows are packed it has a mask, and keeps that as
 float numbers in each block, and keys and values once for each query head (transformers' `sdpa_attention`; not with
-FlashAttention). Its operations are 4 s^2 d a head, half of them if
-causal, and 2.5 times as many backward (FlashAttention-2, arXiv 2307.08691, section 4.1).
+FlashAttention). Its operations are 4 s^2 d a head, half of them if causal, and 2.5 times as many backward
+(FlashAttention-2, arXiv 2307.08691, section 4.1).
 
 Blocks are alike, so two and three of them are enough to know any number: what is kept and computed grows linearly, and
 what is held for a moment beyond it does not grow.
@@ -180,7 +180,7 @@ def _run(config, dtype: str, lora: LoraSettings, attention: str | None, batch: B
     mask = [not first_only or i == 0 for i in range(gates.num_layers)]
     with mode, gates.applied(mask), quiet_loading():
         for p in model.parameters():
-            # Gradients count apart: they are there from the start.
+            # Gradients count apart (`memory.py`).
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         known = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
         return _count(base, model, batch, [*known, *model.buffers()], sum(mask), config)
@@ -251,6 +251,8 @@ class _Meter(TorchDispatchMode):
             self.flops += _ATTENTION[operation](*args)
         elif operation in flop_registry:
             self.flops += flop_registry[operation](*args, **(kwargs or {}), out_val=out)
+        if operation in _INSIDE:
+            self.most = max(self.most, self.now + _INSIDE[operation](*args))
         for t in tree_iter(out):
             if isinstance(t, Tensor) and (key := t.untyped_storage()._cdata) not in self._sizes:
                 self._sizes[key] = t.untyped_storage().nbytes()
@@ -261,6 +263,10 @@ class _Meter(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+_INSIDE = {torch.ops.aten.logsumexp: lambda values, *_: values.nbytes}
+"""Bytes that an operation holds while it runs: here exp(x - max) of all of x."""
 
 
 # --- attention --------------------------------------------------------------------------------------------
