@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -28,7 +29,9 @@ from copra_llm.sharded import check_fsdp
 from copra_llm.train import train_adapter
 from copra_llm.zero import GroupedAdamW, check_zero, engine_told
 
-DEEPSPEED = [pytest.param(name, marks=pytest.mark.deepspeed) for name in ("zero1", "zero2", "zero3", "zero3-init")]
+ABSENT = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs copra_llm[deepspeed]")
+DEEPSPEED = [pytest.param(name, marks=[pytest.mark.deepspeed, ABSENT])
+             for name in ("zero1", "zero2", "zero3", "zero3-init")]  # fmt: skip
 SEVERAL = ["ddp", "fsdp2", *DEEPSPEED]
 # Measured after 30 steps of float32: 5e-7 to 8e-7, since a mean over 16 examples is made of two. Adam divides by the
 # root of small numbers, which the text model with a trained head has more of: 7e-5.

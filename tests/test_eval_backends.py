@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import torch
 from conftest import ROOT
 from examples import tiny_adapter
 from safetensors.torch import load_file, save_file
+from test_processes import ROUNDING
 from transformers import AutoConfig
 
+from copra_llm.adapters import load_adapter_weights
 from copra_llm.protocols.plans import read_plans
 from copra_llm.results import read_result
-from copra_llm.summaries.backends import SAME
 
 sys.path.insert(0, str(ROOT / "eval" / "backends"))
 multi_node = importlib.import_module("multi_node")
@@ -41,8 +43,18 @@ def test_an_entry_is_compared_with_the_same_run_on_one_process(name, tmp_path):
 def test_why_a_launch_failed():
     """The sentence, once for all processes; without one, the end of what was printed."""
     said = "a warning\nerror: no\nerror: no\nTraceback of the launcher"
-    assert backends.reason(said) == "error: no"
-    assert backends.reason("x" + "y" * 2000) == "y" * 2000
+    assert backends.why(said) == "error: no"
+    assert backends.why("x" + "y" * 2000) == "y" * 2000
+
+
+def test_what_cannot_run_here_is_left_out(monkeypatch):
+    """With the reason."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert backends.left_out(PLANS["gpu-ddp"]) == "it needs 2 GPUs, and there are 1"
+    assert backends.left_out(PLANS["gpu"]) is None
+    monkeypatch.setattr(multi_node, "why_not", lambda: "no nodes")
+    assert backends.left_out(PLANS["ddp-static"]) == "no nodes"
+    assert backends.left_out(PLANS["ddp"]) is None
 
 
 def rank(network: int, starts: list[float], cpu: float, sent: int, peak: int) -> dict:
@@ -61,17 +73,21 @@ def test_what_a_step_takes():
     assert backends.steps_of([one, rank(8, starts, cpu=0.5, sent=30, peak=6)])["bytes_per_step"] == 130.0
 
 
-def test_the_largest_difference_is_relative_and_of_the_worst_module(tiny_llama, tmp_path):
-    """One module's B is enlarged by a part in ten thousand."""
+def test_differences_are_relative(tiny_llama, tmp_path):
+    """One module's B is enlarged by a part in ten thousand: so far is that module, and all together less."""
     first = tiny_adapter(tiny_llama, tmp_path / "first", seed=0)
     second = tiny_adapter(tiny_llama, tmp_path / "second", seed=0)
-    assert backends.largest_difference(second, first) == 0.0
+    assert backends.differences(second, first) == {"difference": 0.0, "largest_difference": 0.0}
     tensors = load_file(second / "adapter_model.safetensors")
     name = next(name for name in tensors if "lora_B" in name)
     tensors[name] = tensors[name] * (1 + 2**-13)
     save_file(tensors, second / "adapter_model.safetensors", {"format": "pt"})
     rounding = 2 * torch.finfo(torch.float32).eps
-    assert backends.largest_difference(second, first) == pytest.approx(2**-13, abs=rounding)
+    found = backends.differences(second, first)
+    assert found["largest_difference"] == pytest.approx(2**-13, abs=rounding)
+    norms = {n: float(f.delta_weight().norm()) for n, f in load_adapter_weights(first).factors.items()}
+    share = norms[next(n for n in norms if n in name)] / math.hypot(*norms.values())
+    assert 0.1 < share < 0.9 and found["difference"] == pytest.approx(2**-13 * share, abs=rounding)
 
 
 def test_dropout_is_off_and_nothing_else_changes(tiny_bert, tmp_path):
@@ -114,7 +130,8 @@ def test_a_plan_is_run(tiny_llama, tmp_path):
     records = {path.stem: read_result(path) for path in (tmp_path / "results").iterdir()}
     assert sorted(records) == ["ddp-lora", "one-lora", "refused-lora"]
     ddp, refused = records["ddp-lora"], records["refused-lora"]
-    assert ddp.metrics["starts"] == 1 and ddp.metrics["largest_difference"] < SAME
+    # DDP adds as one process does.
+    assert ddp.metrics["starts"] == 1 and ddp.metrics["difference"] < ROUNDING
     assert (ddp.environment["world_size"], ddp.environment["backend"]) == (2, "DDP")
     (adapter,) = (tmp_path / "work").glob("ddp/*/*/adapter/adapter_model.safetensors")
     gradients = 2 * sum(tensor.nbytes for tensor in load_file(adapter).values())

@@ -149,30 +149,33 @@ def test_trials_of_kills_and_resumes():
 
 
 def backend_run(backend: str, method: str, **metrics: float) -> Result:
-    measured = {"starts": 1.0, "largest_difference": 0.0, "bytes_per_step": 446_100.0, "peak_memory_bytes": 8.7e8,
-                "ratio/seconds_per_step": 0.5, "ratio/cpu_seconds_per_step": 1.04}  # fmt: skip
-    return Result("backends", {"backend": backend, "method": method}, measured | metrics)
+    measured = {"starts": 1.0, "difference": 0.0, "largest_difference": 0.0, "bytes_per_step": 446_100.0,
+                "peak_memory_bytes": 8.7e8, "seconds_per_step": 0.2, "cpu_seconds_per_step": 0.13}  # fmt: skip
+    return Result("backends", {"backend": backend, "method": method, "reference": "one"}, measured | metrics)
 
 
 def test_the_table_of_backends_follows_the_plan():
     """A row a method that was run; what was not run says why; what moved too far is not the same adapter."""
-    plan = {"ddp": {"label": "DDP"}, "zero2": {"label": "ZeRO-2"}, "zero3": {"label": "ZeRO-3"},
-            "gpu": {"label": "one GPU", "needs_gpu": True}, "fsdp2": {"label": "FSDP2"}}  # fmt: skip
+    plan = {"one": {"label": "one process"}, "ddp": {"label": "DDP"}, "zero2": {"label": "ZeRO-2"},
+            "zero3": {"label": "ZeRO-3"}, "gpu": {"label": "one GPU", "needs_gpu": True},
+            "fsdp2": {"label": "FSDP2"}}  # fmt: skip
     records = [
-        backend_run("zero2", "copra", largest_difference=3.2e-6),
+        backend_run("zero2", "copra", difference=1.1e-6, largest_difference=3.2e-6),
         backend_run("ddp", "copra"),
         backend_run("ddp", "lora"),
-        backend_run("fsdp2", "lora", largest_difference=2 * SAME),
-        Result("backends", {"backend": "zero3", "method": "lora"}, {"starts": 0.0}),
+        backend_run("one", "lora", bytes_per_step=0.0, seconds_per_step=0.4, cpu_seconds_per_step=0.125),
+        backend_run("fsdp2", "lora", difference=2 * SAME, largest_difference=1.0),
+        Result("backends", {"backend": "zero3", "method": "lora", "reference": "one"}, {"starts": 0.0}),
     ]
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in backends_table(records, plan).splitlines()]
     assert rows[2:] == [
-        ["DDP", "LoRA", "yes", "yes", "0", "446 kB", "0.50", "1.04", "870 MB"],
-        ["DDP", "CopRA", "yes", "yes", "0", "446 kB", "0.50", "1.04", "870 MB"],
-        ["ZeRO-2", "CopRA", "yes", "yes", "3e-06", "446 kB", "0.50", "1.04", "870 MB"],
-        ["ZeRO-3", "LoRA", "no", *["–"] * 6],
-        ["one GPU", "–", "needs a GPU", *["–"] * 6],
-        ["FSDP2", "LoRA", "yes", "no", "2e-04", "446 kB", "0.50", "1.04", "870 MB"],
+        ["one process", "LoRA", "yes", "yes", "0", "0", "0 kB", "1.00", "1.00", "870 MB"],
+        ["DDP", "LoRA", "yes", "yes", "0", "0", "446 kB", "0.50", "1.04", "870 MB"],
+        ["DDP", "CopRA", "yes", "yes", "0", "0", "446 kB", "–", "–", "870 MB"],
+        ["ZeRO-2", "CopRA", "yes", "yes", "1e-06", "3e-06", "446 kB", "–", "–", "870 MB"],
+        ["ZeRO-3", "LoRA", "no", *["–"] * 7],
+        ["one GPU", "–", "needs a GPU", *["–"] * 7],
+        ["FSDP2", "LoRA", "yes", "no", "2e-03", "1e+00", "446 kB", "0.50", "1.04", "870 MB"],
     ]
     assert "| ZeRO-2 | – | not run yet |" in backends_table(records[1:], plan)
     assert backends_table([], plan) == ""

@@ -16,6 +16,8 @@ from pathlib import Path
 import multi_node
 import yaml
 
+from copra_llm.errors import InputError
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accelerate_configs"
 SECONDS = 1500
@@ -59,6 +61,7 @@ def launch(
         on_gpus: and not on CPUs.
 
     Raises:
+        InputError: for two nodes where none can be made.
         subprocess.TimeoutExpired: if it hangs; its processes are killed.
     """
     where = ["--main_process_port", "29500"] if nodes == 2 else ["--main_process_port", "0"]
@@ -68,8 +71,11 @@ def launch(
     logs.mkdir(parents=True, exist_ok=True)
     files = [logs / f"node{rank}.log" for rank in range(nodes)]
     surroundings = environment(config, on_gpus)
-    if multi_node.why_not() is None:
+    reason = multi_node.why_not()
+    if reason is None:
         return multi_node.run(commands, surroundings, files, SECONDS)
+    if nodes > 1:
+        raise InputError(f"{nodes} nodes were asked for, but there are {reason}")
     with open(files[0], "w", encoding="utf-8") as said:
         done = subprocess.run(commands[0], env=surroundings, stdout=said, stderr=said, timeout=SECONDS, check=False)
     return [done.returncode]

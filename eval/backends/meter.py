@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import runpy
 import sys
 import time
 from pathlib import Path
 
 from copra_llm import train
+from copra_llm.results import peak_memory_bytes
+
+NETWORK = "/proc/self/ns/net"
+"""The same file for all processes of a network namespace."""
 
 
 def sent_bytes() -> int:
-    """By all interfaces of this process's network namespace, with the headers of TCP and IP."""
-    lines = Path("/proc/self/net/dev").read_text(encoding="utf-8").splitlines()[2:]
+    """By all interfaces of this process's network namespace, with the headers of TCP and IP; 0 where it has none."""
+    counters = Path("/proc/self/net/dev")
+    lines = counters.read_text(encoding="utf-8").splitlines()[2:] if counters.exists() else []
     return sum(int(line.split(":")[1].split()[8]) for line in lines)
 
 
@@ -43,9 +47,8 @@ def main() -> None:
     try:
         runpy.run_path(recipe, run_name="__main__")
     finally:
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        seen = {"ticks": ticks, "peak_memory_bytes": usage.ru_maxrss * 1024,
-                "network": os.stat("/proc/self/ns/net").st_ino}  # fmt: skip
+        seen = {"ticks": ticks, "peak_memory_bytes": peak_memory_bytes(),
+                "network": os.stat(NETWORK).st_ino if os.path.exists(NETWORK) else 0}  # fmt: skip
         path = Path(folder) / f"rank-{os.environ.get('RANK', '0')}.json"
         path.write_text(json.dumps(seen) + "\n", encoding="utf-8")
 

@@ -3,13 +3,14 @@
     python eval/backends/run.py [--backends ddp zero2] [--methods lora copra]
 
 Each entry of plan.yaml is started by `accelerate launch` with its configuration, on CPUs. Its adapter is compared with
-that of one process on the same examples, and its step with that one's: its reference, which is run anew at each call,
-before the others. What needs more GPUs than there are is left out.
+that of one process on the same examples, its reference, which is run anew at each call, before the others. What needs
+more GPUs than there are, or two nodes where none can be made, is left out.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import multi_node
 import torch
 from launching import ROOT, launch
 
@@ -106,12 +108,12 @@ def measure(plan: BackendPlan, config: RunConfig) -> dict[str, Any]:
     record = output / plan.tasks[0] / "result.json"
     whole = not any(codes) and len(ranks) == plan.processes and record.is_file()
     if not whole or read_result(record).environment["world_size"] != plan.processes:
-        return {"starts": 0.0, "said": reason(said)}
+        return {"starts": 0.0, "said": why(said)}
     return {"starts": 1.0, "adapter": record.parent / "adapter", "environment": read_result(record).environment,
             "seconds": read_result(record).seconds, **steps_of(ranks)}  # fmt: skip
 
 
-def reason(said: str) -> str:
+def why(said: str) -> str:
     """Why a launch failed: its processes' sentences, which the launcher's own lines follow, or what was said last."""
     sentences = [line for line in said.splitlines() if line.startswith("error: ")]
     return "\n".join(dict.fromkeys(sentences)) or said[-2000:]
@@ -138,13 +140,24 @@ def steps_of(ranks: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def largest_difference(adapter: Path, reference: Path) -> float:
-    """Over the modules: the distance of Delta W to the reference's, relative to its norm."""
+def differences(adapter: Path, reference: Path) -> dict[str, float]:
+    """Distances of Delta W to the reference's, relative to its norm: of all modules together, and the largest one's."""
     ours, theirs = load_adapter_weights(adapter).factors, load_adapter_weights(reference).factors
     if ours.keys() != theirs.keys():
-        return float("inf")
-    pairs = [(ours[name].delta_weight(), theirs[name].delta_weight()) for name in theirs]
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+        return {"difference": float("inf"), "largest_difference": float("inf")}
+    apart = [float((ours[name].delta_weight() - theirs[name].delta_weight()).norm()) for name in theirs]
+    norms = [float(factors.delta_weight().norm()) for factors in theirs.values()]
+    return {
+        "difference": math.hypot(*apart) / math.hypot(*norms),
+        "largest_difference": max(a / norm for a, norm in zip(apart, norms, strict=True)),
+    }
+
+
+def left_out(plan: BackendPlan) -> str | None:
+    """Why an entry cannot run here; None: it can."""
+    if plan.needs_gpu and (there := torch.cuda.device_count()) < plan.processes:
+        return f"it needs {plan.processes} GPUs, and there are {there}"
+    return multi_node.why_not() if plan.nodes > 1 else None
 
 
 def record_of(
@@ -154,17 +167,17 @@ def record_of(
     metrics = {key: value for key, value in seen.items() if isinstance(value, float | int)}
     seconds = metrics.pop("seconds", 0.0)
     if seen["starts"]:
-        metrics["largest_difference"] = largest_difference(seen["adapter"], reference["adapter"])
-        for key in ("seconds_per_step", "cpu_seconds_per_step"):
-            metrics[f"ratio/{key}"] = seen[key] / reference[key]
-    if plan.needs_gpu:
-        metrics.pop("bytes_per_step", None)  # between GPUs they pass no network interface
+        metrics |= differences(seen["adapter"], reference["adapter"])
+    # Between GPUs bytes pass no network interface; where a run has no network of its own, others' are counted too.
+    if plan.needs_gpu or multi_node.why_not() is not None:
+        metrics.pop("bytes_per_step", None)
     settings = config.flat() | {"model_name_or_path": plan.model, "output_dir": None, "data_root": None}
     launched = {"backend": name, "label": plan.label, "launch_config": plan.config, "launch_flags": plan.flags,
                 "processes": plan.processes, "nodes": plan.nodes, "reference": plan.reference}  # fmt: skip
     return Result("backends", settings | launched, metrics, seconds, int(metrics.get("peak_memory_bytes", 0)),
                   config.train.max_steps, config.train.max_steps * plan.batch,
-                  {} if seen["starts"] else {"said": seen["said"]}, seen.get("environment", {}))  # fmt: skip
+                  {} if seen["starts"] else {"said": seen["said"]},
+                  seen.get("environment", {}) | {"base_model": plan.model})  # fmt: skip
 
 
 def run(
@@ -195,7 +208,10 @@ def run(
 
     for method in dict.fromkeys(method for plan in chosen.values() for method in plan.methods):
         for name, plan in chosen.items():
-            if method not in plan.methods or (plan.needs_gpu and torch.cuda.device_count() < plan.processes):
+            if method not in plan.methods:
+                continue
+            if (reason := left_out(plan)) is not None:
+                say(f"{name}, {method}: left out: {reason}")
                 continue
             _, reference = done(plan.reference, method)
             if not reference["starts"]:
