@@ -14,8 +14,8 @@ divided base weights, a micro-batches a step, and a (reached) share r of the blo
 G is that of the active players, an expected value under CopRA: the loop sends no more under DDP and FSDP2
 (`exchange.py`), and DeepSpeed reduces a gradient when it is there (0.19: stages 1 and 2 all-reduce what each process
 then keeps its part of, `use_multi_rank_bucket_allreduce`). What ZeRO-1 and 2 gather are flat vectors, all of the
-adapter. What stands in no block is gathered once a micro-batch by FSDP2, and twice by ZeRO-3, which gathers tensors of
-at most 1e5 entries once a step.
+adapter. ZeRO-3 gathers the adapter's tensors of at most 1e5 entries once a step. What stands in no block is gathered in
+both passes too, by ZeRO-3 always; of a base below 1e9 entries ZeRO-3 may keep all for the backward pass and send half.
 
 Time of a ring: its bytes at the speed of its slowest link, and a latency for each of its n - 1 hops (NCCL's own model,
 tuning.cc). A ring over nodes uses all their network adapters.
@@ -107,7 +107,7 @@ def _rings(at: Layout, sizes: Sizes, share: Participation, accumulation: int) ->
 def _gathers(at: Layout, sizes: Sizes, share: Participation, accumulation: int) -> Iterable[Ring]:
     passes = accumulation * (1 + share.reached)
     yield Ring("weights", GATHER, sum(sizes.divided_blocks), at.share, passes, len(sizes.divided_blocks))
-    yield Ring("weights", GATHER, sizes.divided_rest, at.share, accumulation * (2 if at.zero else 1))
+    yield Ring("weights", GATHER, sizes.divided_rest, at.share, 2 * accumulation if at.zero else passes)
 
 
 def _gathers_of_adapter(at: Layout, sizes: Sizes, share: Participation, accumulation: int) -> Iterable[Ring]:
