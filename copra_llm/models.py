@@ -71,8 +71,8 @@ class Base:
         return named | {key: value for key, value in held.items() if value is not None}
 
 
-def resolve(name: str) -> Source:
-    """Find out what a model name means.
+def resolve(name: str, weights: bool = True) -> Source:
+    """Find out what a model name means; `weights`: whether a folder must hold any.
 
     Raises:
         InputError: for a folder without a config or weights, a missing file, or a package not installed.
@@ -84,7 +84,7 @@ def resolve(name: str) -> Source:
     folder = Path(source.load_from)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{name} has no config.json; give a folder that save_pretrained has written")
-    if folder.is_dir() and not _weight_files(folder):
+    if weights and folder.is_dir() and not _weight_files(folder):
         pickled = " (pickled ones can run code, and are not read)" if any(folder.glob("*.bin")) else ""
         raise InputError(f"{name} holds no weights in *.safetensors{pickled}; give a folder with them")
     return source
@@ -155,7 +155,7 @@ def base_config(settings: ModelSettings) -> PreTrainedConfig:
     Raises:
         InputError: if the name means nothing, or the Hub cannot be reached.
     """
-    return _read_config(resolve(settings.model_name_or_path), settings)
+    return _read_config(resolve(settings.model_name_or_path, weights=False), settings)
 
 
 def _read_config(source: Source, settings: ModelSettings) -> PreTrainedConfig:
@@ -182,8 +182,9 @@ def load_base(settings: ModelSettings) -> Base:
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
     with _readable(settings.model_name_or_path), quiet_loading():
-        options |= quantisation(settings, dtype, lambda: _AUTO[kind].from_config(config, **_extra(kind, config)))
-        model = _AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **_extra(kind, config), **options)
+        extra = extra_arguments(kind, config)
+        options |= quantisation(settings, dtype, lambda: AUTO[kind].from_config(config, **extra))
+        model = AUTO[kind].from_pretrained(source.load_from, dtype=dtype, **extra, **options)
         tokenizer = AutoTokenizer.from_pretrained(source.load_from, trust_remote_code=settings.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -210,7 +211,8 @@ def _readable(name: str, what: str = "model"):
         raise InputError(f'the {what} "{name}" could not be loaded{first}; {remedy}') from None
 
 
-_AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel, "dual": AutoModel}
+AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel, "dual": AutoModel}
+"""What transformers makes of each kind."""
 
 
 def kind_of(config) -> str:
@@ -224,7 +226,8 @@ def kind_of(config) -> str:
     return "causal" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else "encoder"
 
 
-def _extra(kind: str, config) -> dict:
+def extra_arguments(kind: str, config) -> dict:
+    """What `AUTO` is told besides."""
     # Encoders are read through their mean-pooled tokens: a pooler would be dead weight.
     return {"add_pooling_layer": False} if kind == "encoder" and config.model_type in ("bert", "roberta") else {}
 

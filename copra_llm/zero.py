@@ -262,18 +262,13 @@ def check_zero(accelerator: Accelerator, run: RunConfig) -> None:
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         raise InputError("DeepSpeed's offload_optimizer would put its own Adam in place of the one that leaves "
                          "inactive layers alone; set offload_optimizer_device to none")  # fmt: skip
-    if settings.fp16:
-        raise InputError("--fp16 under DeepSpeed scales losses by its own rules, which are not held to those here; "
-                         "give --bf16 or neither")  # fmt: skip
+    check_run(run, zero["stage"])
     for name in ("bf16", "fp16"):
         if config.get(name, {}).get("enabled") is True:
             raise InputError(f"DeepSpeed's configuration enables {name}, which casts the whole model; set it to auto, "
                              "and give --bf16 for mixed precision")  # fmt: skip
-    if run.data.train_head and run.data.joint and len(run.data.tasks) > 1:
-        raise InputError("--train_head with --joint trains a head a task, and processes whose batches are of unequal "
-                         "tasks cannot meet under DeepSpeed; leave one of them out, or launch without it")  # fmt: skip
-    if zero["stage"] == 3:
-        _check_sharded_load(accelerator, run)
+    if zero["stage"] == 3 and accelerator.deepspeed_plugin.zero3_init_flag:
+        _check_load_in_parts(run)
     wanted = engine_settings(accelerator, settings)
     flags = {"gradient_accumulation_steps": "--gradient_accumulation_steps", "gradient_clipping": "--max_grad_norm",
              "train_micro_batch_size_per_gpu": "--per_device_train_batch_size"}  # fmt: skip
@@ -284,8 +279,24 @@ def check_zero(accelerator: Accelerator, run: RunConfig) -> None:
                              "auto, or make them equal")  # fmt: skip
 
 
-def _check_sharded_load(accelerator: Accelerator, run: RunConfig) -> None:
-    """Refuse under ZeRO-3 what needs whole weights that are not there."""
+def check_run(run: RunConfig, stage: int) -> None:
+    """Refuse settings of a run that cannot be had under ZeRO, whatever the launch says.
+
+    Args:
+        run: the run's settings.
+        stage: of ZeRO, 1 to 3.
+
+    Raises:
+        InputError: naming the run's setting.
+    """
+    if run.train.fp16:
+        raise InputError("--fp16 under DeepSpeed scales losses by its own rules, which are not held to those here; "
+                         "give --bf16 or neither")  # fmt: skip
+    if run.data.train_head and run.data.joint and len(run.data.tasks) > 1:
+        raise InputError("--train_head with --joint trains a head a task, and processes whose batches are of unequal "
+                         "tasks cannot meet under DeepSpeed; leave one of them out, or launch without it")  # fmt: skip
+    if stage < 3:
+        return
     if run.model.load_in_4bit or run.model.load_in_8bit:
         flag = "--load_in_4bit" if run.model.load_in_4bit else "--load_in_8bit"
         raise InputError(f"{flag} and ZeRO-3 both take the base's weights apart; leave {flag} out, or set zero_stage "
@@ -293,8 +304,11 @@ def _check_sharded_load(accelerator: Accelerator, run: RunConfig) -> None:
     if run.lora.use_dora:
         raise InputError("--use_dora reads its factors past the passes for which ZeRO-3 gathers them; leave it out, or "
                          "set zero_stage to 2")  # fmt: skip
+
+
+def _check_load_in_parts(run: RunConfig) -> None:
     packed = run.instruct is not None and run.instruct.packing
-    if accelerator.deepspeed_plugin.zero3_init_flag and (packed or run.lora.changes_base):
+    if packed or run.lora.changes_base:
         flag = "--packing" if packed else f"--init_lora_weights {run.lora.init_lora_weights}"
         raise InputError(f"{flag} has to see the whole base, but zero3_init_flag is true, so each process reads a "
                          "part of it; set zero3_init_flag: false")  # fmt: skip

@@ -24,6 +24,7 @@ from copra_llm.summaries.instruct import learning_table, plot_learning, skills_t
 from copra_llm.summaries.landscape import layerwise_table, plane_table, similarity_table
 from copra_llm.summaries.landscape_plots import draw
 from copra_llm.summaries.mtl15 import suite_table
+from copra_llm.summaries.plan import plan_table
 from copra_llm.summaries.pruning import (
     plot_pruning,
     pruning_details,
@@ -144,6 +145,7 @@ PAGES = {
         "clip_similarity": (similarity_table, f"{CLIP}/sweeps"),
         "clip_layerwise": (layerwise_table, f"{CLIP}/sweeps"),
     },
+    EVAL / "plan" / "README.md": {"plan": (plan_table, "plan")},
     EVAL / "shapley" / "README.md": {"shapley_details": (shapley_details, "shapley")},
     EVAL / "speed" / "README.md": {
         "merging": (merging_table, "speed"),

@@ -50,7 +50,7 @@ ROWS = [
     + ["exchange", "backends", "sharded", "zero", "launch"]
     + ["prefixes", "coalitions", "ledger", "generate"],
     ["figures"],
-    ["protocols", "report", "summaries", "model_card", "publish"],
+    ["protocols", "report", "summaries", "model_card", "publish", "plan"],
     ["cli"],
 ]
 """Modules and subpackages of `copra_llm/`; each imports from rows above and, without a cycle, from its own."""

@@ -1,5 +1,5 @@
 """`copra`: merge adapters, look along the line between them and into their layers, prune, evaluate, fold, report;
-share them; check data.
+share them; check data; plan runs.
 
     copra merge A B --method fusion --weights 0.5 0.5 --output DIR
     copra interpolate A B --task sst2 --points 21 --output DIR
@@ -12,6 +12,7 @@ share them; check data.
     copra data check FILES... --model_name_or_path M
     copra data check oxford_pets --data_root DIR
     copra data lm-eval arc_easy --output DIR
+    copra plan --model_name_or_path M --max_steps N
     copra fold A --output DIR
     copra report RESULTS... --output report.html
     copra push A owner/name
@@ -35,6 +36,7 @@ from copra_llm.cli import (
     interpolate,
     landscape,
     merge,
+    plan,
     prune,
     pull,
     push,
@@ -54,6 +56,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "generate": generate,
     "data": data,
+    "plan": plan,
     "fold": fold,
     "report": report,
     "push": push,
