@@ -42,7 +42,7 @@ class ModelSettings:
     )
     bnb_4bit_compute_dtype: str | None = setting(None, "Type of 4-bit layers' products; unset: --dtype.")
     bnb_4bit_quant_storage: str | None = setting(
-        None, "Type in which 4-bit numbers are packed; ZeRO-3 and FSDP2 need that of training; unset: uint8."
+        None, "Type in which 4-bit numbers are packed; ZeRO-3 needs that of --dtype; unset: uint8."
     )
 
     def __post_init__(self):

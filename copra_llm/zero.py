@@ -297,19 +297,27 @@ def check_run(run: RunConfig, stage: int) -> None:
                          "tasks cannot meet under DeepSpeed; leave one of them out, or launch without it")  # fmt: skip
     if stage < 3:
         return
-    if run.model.load_in_4bit or run.model.load_in_8bit:
-        flag = "--load_in_4bit" if run.model.load_in_4bit else "--load_in_8bit"
-        raise InputError(f"{flag} and ZeRO-3 both take the base's weights apart; leave {flag} out, or set zero_stage "
-                         "to 2")  # fmt: skip
+    if run.model.load_in_8bit:
+        raise InputError("--load_in_8bit and ZeRO-3 both take the base's weights apart; give --load_in_4bit, or set "
+                         "zero_stage to 2")  # fmt: skip
+    storage = run.model.bnb_4bit_quant_storage or "uint8"
+    if run.model.load_in_4bit and storage != run.model.dtype:
+        raise InputError(f"ZeRO-3 divides 4-bit weights together with the others, so all are stored in one type, but "
+                         f"--bnb_4bit_quant_storage is {storage} and --dtype {run.model.dtype}; "
+                         f"give --bnb_4bit_quant_storage {run.model.dtype}")  # fmt: skip
     if run.lora.use_dora:
         raise InputError("--use_dora reads its factors past the passes for which ZeRO-3 gathers them; leave it out, or "
                          "set zero_stage to 2")  # fmt: skip
 
 
 def _check_load_in_parts(run: RunConfig) -> None:
-    packed = run.instruct is not None and run.instruct.packing
-    if packed or run.lora.changes_base:
-        flag = "--packing" if packed else f"--init_lora_weights {run.lora.init_lora_weights}"
+    asked = {
+        "--load_in_4bit": run.model.load_in_4bit,
+        "--packing": run.instruct is not None and run.instruct.packing,
+        f"--init_lora_weights {run.lora.init_lora_weights}": run.lora.changes_base,
+    }
+    flag = next((flag for flag, wanted in asked.items() if wanted), None)
+    if flag is not None:
         raise InputError(f"{flag} has to see the whole base, but zero3_init_flag is true, so each process reads a "
                          "part of it; set zero3_init_flag: false")  # fmt: skip
 

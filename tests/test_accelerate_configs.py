@@ -151,6 +151,7 @@ STARTS = [
     pytest.param("zero2.yaml", "accelerate", 2, "ZeRO-2", marks=deepspeed),
     pytest.param("zero3.yaml", "accelerate", 2, "ZeRO-3", marks=deepspeed),
     pytest.param("zero3.yaml", "--offload_param_device", 2, "ZeRO-3", marks=deepspeed),
+    pytest.param("zero3.yaml", "--load_in_4bit", 2, "ZeRO-3", marks=deepspeed),
 ]
 """File, a word of the header's command, processes, and what the record calls the backend."""
 

@@ -290,7 +290,12 @@ def launched(zero: dict, more: dict | None = None, init: bool = False) -> Simple
         (launched({}, {"train_micro_batch_size_per_gpu": 2}), {}, "but --per_device_train_batch_size is 16"),
         (launched({}), {"train_head": True, "joint": True, "tasks": ["sst2", "agnews"]}, "--train_head with --joint"),
         (launched({"stage": 3}), {"use_dora": True}, "--use_dora"),
+        (launched({"stage": 3}), {"load_in_8bit": True}, "--load_in_8bit and ZeRO-3"),
+        (launched({"stage": 3}), {"load_in_4bit": True},
+         "_storage is uint8 and --dtype float32; give --bnb_4bit_quant_storage float32"),
         (launched({"stage": 3}, init=True), {"init_lora_weights": "pissa"}, "pissa .* zero3_init_flag: false"),
+        (launched({"stage": 3}, init=True), {"load_in_4bit": True, "bnb_4bit_quant_storage": "float32"},
+         "--load_in_4bit has to see the whole base"),
     ],
 )  # fmt: skip
 def test_what_deepspeed_cannot_do_is_refused(accelerator, changes: dict, said: str):
@@ -303,6 +308,7 @@ def test_what_deepspeed_can_do_is_not_refused():
     for stage in (1, 2, 3):
         check_zero(launched({"stage": stage}, told), RunConfig().replace(gradient_accumulation_steps=4))
     check_zero(launched({"stage": 3}), RunConfig().replace(init_lora_weights="pissa"))
+    check_zero(launched({"stage": 3}), RunConfig().replace(load_in_4bit=True, bnb_4bit_quant_storage="float32"))
 
 
 def test_the_engine_is_told_for_one_run():

@@ -63,6 +63,9 @@ def refuse(at: Layout, sizes: Sizes, run: RunConfig) -> None:
     Raises:
         InputError: for settings that a backend cannot honour, or more processes than a weight has rows.
     """
+    if at.backend == "zero3" and run.model.load_in_4bit:
+        raise InputError("--load_in_4bit and ZeRO-3 train together, but how 4-bit weights are divided there is not "
+                         "counted; plan with --backend fsdp2 or zero2")  # fmt: skip
     if at.zero:
         check_run(run, int(at.backend[-1]))
     elif at.share > sizes.largest_rows:
