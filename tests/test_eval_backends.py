@@ -37,6 +37,9 @@ def test_an_entry_is_compared_with_the_same_run_on_one_process(name, tmp_path):
     ours, theirs = (p.run_config("copra", tmp_path, None, tmp_path).flat() for p in (plan, reference))
     steps = ours.pop("gradient_accumulation_steps") * plan.processes
     assert steps == theirs.pop("gradient_accumulation_steps") * reference.processes
+    # In which type 4-bit numbers are packed is no other number.
+    packed = [settings.pop("bnb_4bit_quant_storage") for settings in (ours, theirs)]
+    assert packed == [("float32" if name == "qlora-zero3" else None), None]
     assert ours == theirs
 
 
