@@ -2,8 +2,9 @@
 
     python eval/step_time/run.py [--models minilm smollm2] [--rounds 5] [--steps 20]
 
-One process, the same batches, interleaved rounds. CopRA runs its whole schedule in every round, so its
-figure is the mean over the run and not that of one p. Ratios are of medians; the spread stands beside them.
+One process with one thread, the same batches, interleaved rounds; CPU seconds, since the machine may be shared. CopRA
+runs its whole schedule in every round, so its figure is the mean over the run and not that of one p. Ratios are of
+medians; the spread stands beside them.
 """
 
 import argparse
@@ -27,27 +28,27 @@ HERE = Path(__file__).parent
 
 
 def bare_peft(bench, config: RunConfig) -> float:
-    """Seconds of `max_steps` steps of the loop anybody would write around a PEFT model."""
+    """CPU seconds of `max_steps` steps of the loop anybody would write around a PEFT model."""
     splits, settings = list(bench.splits["train"].values()), config.train
     stream = BatchStream(splits, settings.per_device_train_batch_size, 0, 0, settings.max_steps)
     trained = [p for p in bench.classifier.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0, fused=True)
     bench.classifier.train()
-    started = time.perf_counter()
+    started = time.process_time()
     for batch in train_loader(bench.classifier, splits, stream):
         bench.classifier(batch).backward()
         torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def this_loop(bench, config: RunConfig) -> float:
-    """Seconds of `copra_llm.train.fit` over the whole schedule."""
+    """CPU seconds of `copra_llm.train.fit` over the whole schedule."""
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
+        started = time.process_time()
         fit(Accelerator(), bench, config, Path(folder))
-        return time.perf_counter() - started
+        return time.process_time() - started
 
 
 @exit_on_input_error
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     for model in args.models:
         base = RunConfig().replace(
             model_name_or_path=model, tasks=["agnews"], data_root="sample", max_length=64, max_steps=args.steps,
