@@ -7,6 +7,7 @@ depend is of the type that PEFT writes, and of a size that a model can have, bef
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_name(value: Any) -> bool:
+    """A module's name or the end of one."""
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None
+
+
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -107,7 +113,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,
     "layers_pattern": _NAMES,
-    "modules_to_save": (_list_of(_is_text), "a list of texts"),
+    # PEFT puts them into regular expressions.
+    "modules_to_save": (_list_of(_is_name), "a list of modules' names"),
     "target_parameters": (_list_of(_is_text), "a list of texts"),
     "layers_to_transform": (_either(_is_index, _list_of(_is_index)), "an index or a list of indices"),
     "trainable_token_indices": (_either(_list_of(_is_index), _names_to(_list_of(_is_index))), "lists of indices"),

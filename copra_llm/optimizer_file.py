@@ -45,6 +45,8 @@ def read_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
         if tensor.shape != expected or not tensor.is_floating_point():
             raise InputError(f"{folder / OPTIMIZER}: {key} has shape {tuple(tensor.shape)} and type {tensor.dtype}, "
                              f"but must be floating-point numbers of shape {tuple(expected)}; {_ANEW}")  # fmt: skip
+        if name == "step" and not 0 <= float(tensor) < 2**53:
+            raise InputError(f"{folder / OPTIMIZER}: {key} is {float(tensor):g}, but must be a count of steps; {_ANEW}")
         state.setdefault(int(number), {})[name] = tensor
     for number, own in state.items():
         if own.keys() != _NAMES:

@@ -113,7 +113,8 @@ _SERIES = (
 )
 _DATA = {
     **dict.fromkeys(_SERIES, _NUMBERS),
-    **dict.fromkeys(("alpha", "x", "y"), _list_of(_is_finite)),
+    "alpha": _list_of(_is_finite),
+    **dict.fromkeys(("x", "y"), lambda value: bool(value) and _list_of(_is_finite)(value)),
     **dict.fromkeys(("accuracy", "loss"), _is_rectangle),
     **dict.fromkeys(("players", "layers"), _TEXTS),
     **dict.fromkeys(("log", "dev"), _list_of(_is_table)),

@@ -23,4 +23,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}); save or fetch it again") from None
+        raise InputError(
+            f"{path} is not a whole safetensors file ({str(error)[:200]}); save or fetch it again"
+        ) from None

@@ -45,7 +45,7 @@ def read_plans(path: Path, kind: type[P]) -> dict[str, P]:
     for name, own in values.items():
         entry = shared | own
         if "settings" in types:
-            entry["settings"] = shared.get("settings", {}) | own.get("settings", {})
+            entry["settings"] = _settings(path, "all", shared) | _settings(path, name, own)
         missing = sorted(needed - set(entry))
         unknown = sorted(set(entry) - set(types))
         if missing or unknown:
@@ -138,3 +138,12 @@ def _value(path: Path, key: str, value: Any, hint: Any) -> Any:
         kind = get_args(hint)[1]
         return {name: v if kind is Any else _value(path, f"{key} of {name}", v, kind) for name, v in value.items()}
     return typed(path, key, value, hint)
+
+
+def _settings(path: Path, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry's own settings, `{}` where it has none."""
+    found = entry.get("settings") or {}
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: the settings of {name} are {shown(found)}, but must be a table of flags' names and "
+                         "values")  # fmt: skip
+    return found
