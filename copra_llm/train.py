@@ -19,7 +19,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +184,14 @@ def print_metrics(result: Result) -> None:
             print(f"{name}: {value:.3f}")
 
 
-def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: Path) -> Progress:
-    """Run the loop from the newest checkpoint (if asked to resume) to the last step."""
+def fit(
+    accelerator: Accelerator,
+    bench: Workbench,
+    config: RunConfig,
+    folder: Path,
+    on_step: Callable[[], None] = lambda: None,
+) -> Progress:
+    """Run the loop from the newest checkpoint (if asked to resume) to the last step; `on_step` is called after each."""
     settings, classifier = config.train, bench.classifier
     splits = list(bench.splits["train"].values())
     total_steps = _total_steps(config, accelerator, sum(map(len, splits)))
@@ -244,6 +250,7 @@ def fit(accelerator: Accelerator, bench: Workbench, config: RunConfig, folder: P
             progress.sent = backend.count(progress.sent)
             last = progress.step == total_steps
             bar.update()
+            on_step()
             if progress.step % settings.logging_steps == 0 or last:
                 watch.read(step)
                 entry = {"loss": logged.mean(), "learning_rate": scheduler.get_last_lr()[0],

@@ -85,24 +85,11 @@ def measured(values: dict) -> dict:
     marks: list[tuple[float, int]] = []
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading reads files, which training does not
 
-    class Bar:
-        """Stands where the progress bar does: the loop tells it of every step."""
+    def mark() -> None:
+        marks.append((resource.getrusage(resource.RUSAGE_SELF).ru_utime, resident()))
 
-        def update(self):
-            marks.append((resource.getrusage(resource.RUSAGE_SELF).ru_utime, resident()))
-
-        def set_postfix(self, **shown):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            pass
-
-    train._bar = lambda *args: Bar()
     folder = Path(config.train.output_dir)
-    train.fit(Accelerator(), bench, config, folder)
+    train.fit(Accelerator(), bench, config, folder, mark)
     peak = resident(peak=True)
     checkpoint = folder / f"checkpoint-{config.train.max_steps}"
     return {

@@ -136,23 +136,7 @@ def run_here(method: str, packing: bool, steps: int, folder: str) -> dict:
 
     bench.classifier.collate = counted
 
-    class Bar:
-        """Stands where the progress bar does: the loop tells it of every step."""
-
-        def update(self):
-            clock.step()
-
-        def set_postfix(self, **shown):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            pass
-
-    train._bar = lambda *args: Bar()
-    train.fit(Accelerator(), bench, config, Path(folder))
+    train.fit(Accelerator(), bench, config, Path(folder), clock.step)
     split = bench.splits["train"]["instruct"]
     return clock.result() | {"dataset_tokens": int(split.lengths.sum())}
 
