@@ -14,7 +14,7 @@ from typing import Any
 
 from copra_llm.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from copra_llm.errors import InputError, shown
-from copra_llm.json_file import is_number, read_json
+from copra_llm.json_file import is_integer, is_number, list_of, read_json
 from copra_llm.patterns import pattern_fault
 
 MOST_RANK = 1 << 16
@@ -54,7 +54,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_RANK
+    return is_integer(value) and 1 <= value <= MOST_RANK
 
 
 def _is_alpha(value: Any) -> bool:
@@ -76,11 +76,7 @@ def _is_flag(value: Any) -> bool:
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
-
-
-def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(good, value))
+    return is_integer(value) and 0 <= value < 1 << 31
 
 
 def _either(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -92,11 +88,11 @@ def _names_to(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_span_list(value: Any) -> bool:
-    spans = isinstance(value, list) and all(_list_of(_is_index)(span) and len(span) == 2 for span in value)
+    spans = isinstance(value, list) and all(list_of(_is_index)(span) and len(span) == 2 for span in value)
     return spans and all(a < b for a, b in value) and sum(b - a for a, b in value) <= MOST_LAYERS
 
 
-_NAMES = (_either(_is_text, _list_of(_is_text)), "a text or a list of texts")
+_NAMES = (_either(_is_text, list_of(_is_text)), "a text or a list of texts")
 _FLAG = (_is_flag, "true or false")
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, f"a whole number from 1 to {MOST_RANK}"),
@@ -114,10 +110,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "exclude_modules": _NAMES,
     "layers_pattern": _NAMES,
     # PEFT puts them into regular expressions.
-    "modules_to_save": (_list_of(_is_name), "a list of modules' names"),
-    "target_parameters": (_list_of(_is_text), "a list of texts"),
-    "layers_to_transform": (_either(_is_index, _list_of(_is_index)), "an index or a list of indices"),
-    "trainable_token_indices": (_either(_list_of(_is_index), _names_to(_list_of(_is_index))), "lists of indices"),
+    "modules_to_save": (list_of(_is_name), "a list of modules' names"),
+    "target_parameters": (list_of(_is_text), "a list of texts"),
+    "layers_to_transform": (_either(_is_index, list_of(_is_index)), "an index or a list of indices"),
+    "trainable_token_indices": (_either(list_of(_is_index), _names_to(list_of(_is_index))), "lists of indices"),
     "layer_replication": (_is_span_list, f"a list of [start, end] with at most {MOST_LAYERS} layers in all"),
     "init_lora_weights": (_either(_is_flag, _is_text), "true, false or a text"),
     "bias": (lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),

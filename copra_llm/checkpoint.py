@@ -2,9 +2,8 @@
 
 A checkpoint is a folder that appears whole or not at all: the adapter as anybody loads it, the optimizer's
 state, the progress with the settings it was made under, and a manifest by which later damage shows; JSON and
-safetensors, so that reading another's runs no code. Data order, masks
-and dropout are functions of (seed, step), so nothing else has to be saved; and the number of processes may change, as
-long as a step has as many examples.
+safetensors, so that reading another's runs no code. Data order, masks and dropout are functions of (seed, step), so
+nothing else has to be saved; and the number of processes may change, as long as a step has as many examples.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from copra_llm.errors import InputError, named, nearest, shown
+from copra_llm.json_file import is_unicode
 from copra_llm.settings import (
     DataSettings,
     HubSettings,
@@ -50,7 +51,7 @@ class RunConfig:
             for entry in value if isinstance(value, list) else [value]:
                 if isinstance(entry, int) and abs(entry) > LARGEST:
                     raise InputError(f"--{key} is {shown(entry)}, but must lie within 2**64")
-                if isinstance(entry, str) and any("\ud800" <= letter <= "\udfff" for letter in entry):
+                if isinstance(entry, str) and not is_unicode(entry):
                     raise InputError(f"--{key} is {shown(entry)}, but must be UTF-8 text")
 
     def flat(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,30 @@ def why_unread(error: ValueError | RecursionError) -> str:
     """Why JSON or YAML of the right grammar cannot be read: Python bounds numerals' digits, and nesting."""
     deep = isinstance(error, RecursionError) or "nested" in str(error)
     return "it is nested too deep" if deep else "a value is out of range"
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a JSON value is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a JSON value is a number of things, of a size that 64 bits hold."""
+    return is_integer(value) and 0 <= value < 1 << 63
+
+
+def list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether a JSON value is a list of such values."""
+    return lambda value: isinstance(value, list) and all(map(good, value))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half characters, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_number(value: Any) -> bool:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from copra_llm.errors import shown
+from copra_llm.errors import named
 from copra_llm.json_file import read_json
 from copra_llm.paths import is_below
 from copra_llm.results import write_atomic
@@ -46,18 +46,13 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} names files that are not in the folder"
     for name, size, _ in noted:
         if not (folder / name).is_file():
-            return f"{_said(name)} is missing"
+            return f"{named(name, '')} is missing"
         if (now := (folder / name).stat().st_size) != size:
-            return f"{_said(name)} has {now} bytes instead of {size}"
+            return f"{named(name, '')} has {now} bytes instead of {size}"
     # Sums last: sizes are free.
     return next(
-        (f"{_said(n)} is not what was written (SHA-256)" for n, _, s in noted if _sha256(folder / n) != s), None
+        (f"{named(n, '')} is not what was written (SHA-256)" for n, _, s in noted if _sha256(folder / n) != s), None
     )
-
-
-def _said(name: str) -> str:
-    """A file's name in a sentence."""
-    return name if name.isprintable() else shown(name)
 
 
 def _sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from copra_llm.errors import InputError
+from copra_llm.json_file import is_unicode
 
 SAMPLE = "sample"
 """`--data_root sample`: the small hand-written data that ships with the package."""
@@ -24,7 +25,7 @@ LONGEST_NAME = 1000
 def is_below(name: str) -> bool:
     """Whether a path that stands in a file is one of a file in a folder: relative, and never upwards."""
     path = Path(name)
-    if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name) or len(name) > LONGEST_NAME:
+    if "\0" in name or not is_unicode(name) or len(name) > LONGEST_NAME:
         return False
     return not path.is_absolute() and ".." not in path.parts
 

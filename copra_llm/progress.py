@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from copra_llm.errors import InputError, shown
-from copra_llm.json_file import is_number, read_json
+from copra_llm.json_file import is_count, is_number, read_json
 from copra_llm.results import write_atomic
 
 STATE = "state.json"
@@ -65,18 +65,14 @@ def read_state(checkpoint: Path) -> tuple[dict[str, Any], Progress]:
     return state.pop("config"), Progress(**state)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
 def _is_positive(value: Any) -> bool:
-    return _is_count(value) and value > 0
+    return is_count(value) and value > 0
 
 
 def _is_entries(value: Any) -> bool:
     """Entries of a log: each has its step, and numbers."""
     return isinstance(value, list) and all(
-        isinstance(entry, dict) and _is_count(entry.get("step")) and all(map(is_number, entry.values()))
+        isinstance(entry, dict) and is_count(entry.get("step")) and all(map(is_number, entry.values()))
         for entry in value
     )
 
@@ -88,18 +84,18 @@ def _is_evaluations(value: Any) -> bool:
 def _is_samples(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(entry, dict)
-        and _is_count(entry.get("step"))
+        and is_count(entry.get("step"))
         and all(isinstance(entry.get(key), str) for key in ("prompt", "text"))
         for entry in value
     )
 
 
 def _is_unlogged(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and is_number(value[0]) and _is_count(value[1])
+    return isinstance(value, list) and len(value) == 2 and is_number(value[0]) and is_count(value[1])
 
 
 def _is_sent(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+    return isinstance(value, list) and len(value) == 2 and all(map(is_count, value))
 
 
 _KINDS = {
@@ -108,7 +104,7 @@ _KINDS = {
     "log": (_is_entries, True),
     "dev": (_is_evaluations, True),
     "samples": (_is_samples, False),
-    "skipped": (_is_count, True),
+    "skipped": (is_count, True),
     "unlogged": (_is_unlogged, True),
     "seconds": (lambda value: is_number(value) and 0 <= value < 1e12, True),
     "examples_a_step": (lambda value: value is None or _is_positive(value), False),

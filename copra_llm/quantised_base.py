@@ -47,9 +47,8 @@ def quantisation(settings: ModelSettings, dtype: torch.dtype, skeleton: Callable
     from transformers import BitsAndBytesConfig
 
     with torch.device("meta"):
-        linear = [name for name, module in skeleton().named_modules() if isinstance(module, nn.Linear)]
-    outside = [name for name in linear if not re.search(FIRST_INTEGER, name)]
-    if len(outside) == len(linear):
+        inside, outside = linear_layers(skeleton())
+    if not inside:
         raise InputError(f"{flag} quantises the linear layers of numbered transformer blocks, but "
                          f"{settings.model_name_or_path} has none; leave the flag out")  # fmt: skip
     config = BitsAndBytesConfig(
@@ -64,6 +63,13 @@ def quantisation(settings: ModelSettings, dtype: torch.dtype, skeleton: Callable
     )
     # A quantised model cannot be moved afterwards: each process loads it where it computes.
     return {"quantization_config": config, "device_map": {"": PartialState().device}}
+
+
+def linear_layers(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of a base's linear layers: those in numbered blocks, which are what is quantised, and the others."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    inside = [name for name in names if re.search(FIRST_INTEGER, name)]
+    return inside, [name for name in names if not re.search(FIRST_INTEGER, name)]
 
 
 def quantised_as(model: nn.Module) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from copra_llm.json_file import is_number
+from copra_llm.json_file import is_count, is_integer, is_number, list_of
 
 
 def record_fault(record: Mapping[str, Any]) -> str | None:
@@ -45,20 +45,12 @@ def _is_finite(value: Any) -> bool:
     return is_number(value) and abs(value) <= 1e300 and not math.isnan(value)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 1 << 64
+    return is_integer(value) and abs(value) <= 1 << 64
 
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, dict)
-
-
-def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(good, value))
 
 
 def _is_value(value: Any) -> bool:
@@ -72,7 +64,7 @@ def _is_bits(value: Any) -> bool:
 
 def _is_rectangle(value: Any) -> bool:
     """Values, or rows of them that are of one length."""
-    return _NUMBERS(value) or (_list_of(_NUMBERS)(value) and len({len(row) for row in value}) <= 1)
+    return _NUMBERS(value) or (list_of(_NUMBERS)(value) and len({len(row) for row in value}) <= 1)
 
 
 def _or_null(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -84,17 +76,17 @@ def _has(**kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(good(value.get(key)) for key, good in kinds.items())
 
 
-_NUMBERS = _list_of(_is_value)
-_TEXTS = _list_of(_is_text)
-_TOP = {"protocol": _is_text, "created": _is_text, "seconds": _is_finite, "peak_memory_bytes": _is_count,
-        "steps": _is_count, "examples": _is_count, "config": _is_table, "metrics": _is_table, "data": _is_table,
+_NUMBERS = list_of(_is_value)
+_TEXTS = list_of(_is_text)
+_TOP = {"protocol": _is_text, "created": _is_text, "seconds": _is_finite, "peak_memory_bytes": is_count,
+        "steps": is_count, "examples": is_count, "config": _is_table, "metrics": _is_table, "data": _is_table,
         "environment": _is_table}  # fmt: skip
 _NAMED = ("method", "model_name_or_path", "split", "task", "merge_method", "checkpoint", "label", "on")
 _CONFIG = {
     **dict.fromkeys(_NAMED, _is_text),
     **dict.fromkeys(("seed", "max_steps", "clients", "rounds", "lora_r"), _is_whole),
     "tasks": lambda value: bool(value) and _TEXTS(value),
-    "seeds": _list_of(_is_whole),
+    "seeds": list_of(_is_whole),
     "learning_rate": _is_finite,
 }
 _ENVIRONMENT = {
@@ -113,23 +105,23 @@ _SERIES = (
 )
 _DATA = {
     **dict.fromkeys(_SERIES, _NUMBERS),
-    "alpha": _list_of(_is_finite),
-    **dict.fromkeys(("x", "y"), lambda value: bool(value) and _list_of(_is_finite)(value)),
+    "alpha": list_of(_is_finite),
+    **dict.fromkeys(("x", "y"), lambda value: bool(value) and list_of(_is_finite)(value)),
     **dict.fromkeys(("accuracy", "loss"), _is_rectangle),
     **dict.fromkeys(("players", "layers"), _TEXTS),
-    **dict.fromkeys(("log", "dev"), _list_of(_is_table)),
+    **dict.fromkeys(("log", "dev"), list_of(_is_table)),
     **dict.fromkeys(("v_empty", "v_full", "efficiency_gap"), _is_finite),
-    "skipped_steps": _is_count,
-    "evaluations": lambda value: _is_count(value) or _is_table(value),
+    "skipped_steps": is_count,
+    "evaluations": lambda value: is_count(value) or _is_table(value),
     # Adapters that came without their run's record have neither.
-    "points": _list_of(_has(method=_or_null(_is_text), learning_rate=_is_value)),
-    "early_distance": _list_of(_has(method=_is_text, learning_rate=_is_finite, distance=_is_finite)),
-    "rows": _list_of(_has(kind=_is_text, name=_is_text, density=_is_finite, accuracy=_is_finite, loss=_is_value,
-                          parameters=_is_count, bytes=_is_finite, correct=_or_null(_is_bits))),
-    "rounds": _list_of(_has(round=_is_count, merged=_has(accuracy=_is_finite, loss=_is_value))),
-    "corners": lambda value: _list_of(_has(x=_is_finite, y=_is_finite))(value) and len(value) == 3,
-    "seconds_per_step": lambda value: _is_table(value) and all(map(_list_of(_is_finite), value.values())),
-    "steps": _list_of(_is_count),
-    "correct": _list_of(_is_bits),
+    "points": list_of(_has(method=_or_null(_is_text), learning_rate=_is_value)),
+    "early_distance": list_of(_has(method=_is_text, learning_rate=_is_finite, distance=_is_finite)),
+    "rows": list_of(_has(kind=_is_text, name=_is_text, density=_is_finite, accuracy=_is_finite, loss=_is_value,
+                          parameters=is_count, bytes=_is_finite, correct=_or_null(_is_bits))),
+    "rounds": list_of(_has(round=is_count, merged=_has(accuracy=_is_finite, loss=_is_value))),
+    "corners": lambda value: list_of(_has(x=_is_finite, y=_is_finite))(value) and len(value) == 3,
+    "seconds_per_step": lambda value: _is_table(value) and all(map(list_of(_is_finite), value.values())),
+    "steps": list_of(is_count),
+    "correct": list_of(_is_bits),
     "cosine": _is_rectangle,
 }  # fmt: skip

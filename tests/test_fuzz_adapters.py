@@ -43,6 +43,12 @@ def good(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def folder(good, tmp_path) -> Path:
+    """A copy, to be spoilt."""
+    return Path(shutil.copytree(good, tmp_path / "fuzzed"))
+
+
 def work_with(folder: Path, good: Path, place: Path, rule: str) -> None:
     """Read it, give it to PEFT on a model, merge and prune it: each works, or is refused; what is written is finite."""
     refused(lambda: load_adapter_weights(folder))
@@ -59,11 +65,9 @@ def work_with(folder: Path, good: Path, place: Path, rule: str) -> None:
 
 
 @efforts(120)
-def test_any_config(examples, good, tmp_path):
+def test_any_config(examples, good, folder, tmp_path):
     """Missing, wrong-typed, huge and nested fields."""
     config = json.loads((good / CONFIG_FILE).read_text(encoding="utf-8"))
-    folder = tmp_path / "fuzzed"
-    shutil.copytree(good, folder)
 
     @drawn(examples)
     @given(
@@ -88,10 +92,8 @@ def test_any_config(examples, good, tmp_path):
 
 
 @efforts(80)
-def test_any_bytes(examples, good, tmp_path):
+def test_any_bytes(examples, good, folder, tmp_path):
     """Either file cut, overwritten or of another kind."""
-    folder = tmp_path / "fuzzed"
-    shutil.copytree(good, folder)
     contents = {name: (good / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
 
     @drawn(examples)
@@ -134,10 +136,8 @@ def weight_files(draw) -> bytes:
 
 
 @efforts(150)
-def test_any_tensors(examples, good, tmp_path):
+def test_any_tensors(examples, good, folder, tmp_path):
     """Whole files that lie: lengths, types, shapes, values and names."""
-    folder = tmp_path / "fuzzed"
-    shutil.copytree(good, folder)
 
     @drawn(examples)
     @given(content=weight_files(), rule=st.sampled_from(RULES))
@@ -149,10 +149,8 @@ def test_any_tensors(examples, good, tmp_path):
 
 
 @efforts(60)
-def test_any_heads(examples, good, tmp_path):
+def test_any_heads(examples, good, folder, tmp_path):
     """An encoder's heads with odd shapes, values and labels."""
-    folder = tmp_path / "fuzzed"
-    shutil.copytree(good, folder)
     labels = st.one_of(st.just('{"sst2": ["Bad", "Good"]}'), odd_values.map(lambda v: dumped(v).decode()),
                        st.sampled_from(ODD_TEXTS))  # fmt: skip
 

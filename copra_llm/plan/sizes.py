@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +29,11 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig
 
 from copra_llm.errors import InputError
-from copra_llm.gates import FIRST_INTEGER, base_name, group_players
+from copra_llm.gates import base_name, group_players
 from copra_llm.gguf import quiet_loading
 from copra_llm.models import AUTO, Base, Source, add_adapter, base_config, dtype_of, extra_arguments, kind_of
 from copra_llm.plan.cluster import ShapeSettings
+from copra_llm.quantised_base import linear_layers
 from copra_llm.settings import LoraSettings, ModelSettings, ScheduleSettings
 
 
@@ -198,9 +198,10 @@ def _base_tensors(model: nn.Module, settings: ModelSettings) -> tuple[dict[str, 
 
 
 def _quantised(model: nn.Module) -> set[str]:
-    """Names of the weights that are quantised, in the base without an adapter: `quantised_base.py`'s rule."""
-    linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad)
-    return {f"{n.replace('.base_layer', '')}.weight" for n in linear if re.search(FIRST_INTEGER, n)}
+    """Names of the weights that are quantised, in the base without an adapter."""
+    inside, _ = linear_layers(model)
+    frozen = (name for name in inside if not model.get_submodule(name).weight.requires_grad)
+    return {f"{name.replace('.base_layer', '')}.weight" for name in frozen}
 
 
 _TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from copra_llm.errors import InputError, named, nearest, shown
-from copra_llm.json_file import why_unread
+from copra_llm.json_file import is_unicode, why_unread
 from copra_llm.paths import HUB, SAMPLE
 from copra_llm.yaml_file import packaged_yaml
 
@@ -131,7 +131,7 @@ def read_jsonl(path: Path, task: Task) -> list[Example]:
                 if not isinstance(row.get(field), str):
                     what = "is missing" if field not in row else f"is {shown(row[field])}, not text"
                     raise InputError(f'{place}: the field "{field}" {what}; {task.name} needs {_columns(task)}')
-                if any("\ud800" <= letter <= "\udfff" for letter in row[field]):
+                if not is_unicode(row[field]):
                     raise InputError(f'{place}: the field "{field}" holds half a character; mend it')
             if row["label"] not in label_ids:
                 known = ", ".join(task.labels)
