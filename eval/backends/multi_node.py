@@ -13,6 +13,7 @@ stays when the processes have ended, and they end with this one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -36,8 +37,9 @@ exit $?
 """
 
 
+@functools.cache
 def why_not() -> str | None:
-    """Why no nodes can be made here; None: they can."""
+    """Why no nodes can be made here; None: they can. Two are made once, to see."""
     try:
         codes = run([["true"]] * 2, os.environ, [Path(os.devnull)] * 2, seconds=30)
     except (OSError, subprocess.SubprocessError) as error:

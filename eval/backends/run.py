@@ -73,7 +73,10 @@ class BackendPlan:
         """
         parts = self.processes * self.micro_batches
         if self.batch % parts:
-            raise InputError(f"the plan of {self.label} has a batch of {self.batch}, which {parts} parts cannot share")
+            raise InputError(
+                f"the plan of {self.label} has a batch of {self.batch}, which {parts} parts cannot share; "
+                f"give a multiple of {parts}"
+            )
         return RunConfig().replace(**self.settings | {
             "model_name_or_path": str(model), "tasks": self.tasks, "method": method, "data_root": data_root,
             "per_device_train_batch_size": self.batch // parts, "gradient_accumulation_steps": self.micro_batches,
@@ -145,8 +148,8 @@ def differences(adapter: Path, reference: Path) -> dict[str, float]:
     ours, theirs = load_adapter_weights(adapter).factors, load_adapter_weights(reference).factors
     if ours.keys() != theirs.keys():
         return {"difference": float("inf"), "largest_difference": float("inf")}
-    apart = [float((ours[name].delta_weight() - theirs[name].delta_weight()).norm()) for name in theirs]
-    norms = [float(factors.delta_weight().norm()) for factors in theirs.values()]
+    pairs = [(ours[name].delta_weight(), theirs[name].delta_weight()) for name in theirs]
+    apart, norms = [float((a - b).norm()) for a, b in pairs], [float(b.norm()) for _, b in pairs]
     return {
         "difference": math.hypot(*apart) / math.hypot(*norms),
         "largest_difference": max(a / norm for a, norm in zip(apart, norms, strict=True)),
