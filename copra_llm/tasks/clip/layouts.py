@@ -46,7 +46,7 @@ def read_split(split_file: Path, images: Path) -> Layout:
     splits: dict[str, list[ImageExample]] = {}
     for split, theirs in (("train", "train"), ("dev", "val"), ("test", "test")):
         examples = splits[split] = []
-        for number, entry in enumerate(table.get(theirs) or []):
+        for number, entry in enumerate(table.get(theirs, [])):
             path, label, name = _entry(entry, f'{split_file}, "{theirs}" entry {number}')
             if names.setdefault(label, name) != name:
                 raise InputError(f'{split_file} calls label {label} "{names[label]}" and "{name}"; mend it')
@@ -61,9 +61,8 @@ def _split_table(path: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{path} does not exist; put CoOp's split file there (data/clip/README.md)")
     table = read_json(path, "download it anew")
-    if not isinstance(table, dict) or not all(
-        isinstance(table.get(key, []), list) and (key in table or key == "val") for key in ("train", "val", "test")
-    ):
+    parts = (table.get("train"), table.get("val", []), table.get("test")) if isinstance(table, dict) else (None,)
+    if not all(isinstance(part, list) for part in parts):
         raise InputError(f'{path} must hold lists "train", "val" and "test" of [path, label, class name]; mend it')
     return table
 
