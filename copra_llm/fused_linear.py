@@ -5,7 +5,8 @@
 PEFT computes base and adapter one after the other and adds them up: three more passes over an output-sized tensor in
 each direction, and autograd keeps x̃ and the dropout's noise. Here it is one autograd node: both products go into the
 same buffer, of the noise one bit-like mask is kept, and x̃ is made again. The products of rank r are taken with the
-long side last, which BLAS does in half the time.
+long side last, which BLAS does in half the time. Layers that take the same x (queries, keys and values) can share a
+node: their gradients of x are summed up as they arise.
 
 It stands in for PEFT's forward where that is plain LoRA on a linear layer, in any precision; a quantised base keeps its
 own product. Values differ from PEFT's by the rounding of sums in another order, and on a CPU by which entries a dropout
@@ -18,7 +19,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,38 +63,99 @@ def fused_forward(module: nn.Module, x: Tensor) -> Tensor:
     Returns:
         `(..., out)`.
     """
-    name = module.active_adapters[0]
-    a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    dropout, base = module.lora_dropout[name], module.base_layer
-    rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-    low = autocast or a.dtype
-    if type(base) is nn.Linear:
-        return _Fused.apply(x, base.weight, base.bias, a, b, module.scaling[name], rate, autocast or x.dtype, low)
-    return _Update.apply(base(x), x, a, b, module.scaling[name], rate, low)
+    if type(module.base_layer) is nn.Linear:
+        return fused_together([module], x)[0]
+    low = _Adapter.of(module)
+    return _Update.apply(module.base_layer(x), x, low.a, low.b, low.scaling, low.rate, _autocast(x) or low.a.dtype)
+
+
+def fused_together(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    """What `fusible` layers give for an input that all of them take, as one node.
+
+    The gradient of x is summed up in one buffer, and without a dropout the factors A are one matrix.
+
+    Args:
+        modules: the layers, their adapters neither disabled nor merged; several only if they are `groupable`.
+        x: `(..., in)`.
+
+    Returns:
+        `(..., out)` of each.
+    """
+    adapters = [_Adapter.of(module) for module in modules]
+    bases = [module.base_layer for module in modules]
+    parts = [(base.weight, base.bias, low.a, low.b) for base, low in zip(bases, adapters, strict=True)]
+    numbers = [(low.scaling, low.rate) for low in adapters]
+    autocast = _autocast(x)
+    low = autocast or adapters[0].a.dtype
+    return _Fused.apply(x, numbers, autocast or x.dtype, low, *itertools.chain.from_iterable(parts))
+
+
+def groupable(modules: Sequence[nn.Module]) -> bool:
+    """Whether `fusible` layers could be computed as one, if they take the same input."""
+    if any(type(module.base_layer) is not nn.Linear for module in modules):
+        return False
+    factors = [_Adapter.of(module).a for module in modules]
+    return len({(a.dtype, a.device, a.shape[1]) for a in factors}) == 1
+
+
+class _Adapter(NamedTuple):
+    """The low-rank part of a layer."""
+
+    a: Tensor
+    """`(r, in)`."""
+    b: Tensor
+    """`(out, r)`."""
+    scaling: float
+    rate: float
+    """Of the dropout, as it is now."""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Adapter:
+        name = module.active_adapters[0]
+        dropout = module.lora_dropout[name]
+        rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return cls(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], rate)
 
 
 class _Fused(Function):
-    """Base and adapter as one node; the base product in `dtype`, the low-rank ones in `low`."""
+    """Layers with one input; base products in `dtype`, the low-rank ones in `low`.
+
+    `numbers` are scaling and dropout rate of each layer, `parts` weight, bias, A and B, one layer after another.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, a, b, scaling: float, rate: float, dtype, low) -> Tensor:
-        rows = _rows(x).to(dtype)
-        y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-        y, kept = _add_low_rank(y, rows, a, b, scaling, rate, low)
-        # The weight as it is: a cast copy of it would be held until the backward pass.
-        ctx.save_for_backward(weight, a, b, *kept)
-        ctx.scaling, ctx.rate, ctx.low, ctx.x_dtype = scaling, rate, low, x.dtype
-        return y.view(*x.shape[:-1], -1)
+    def forward(ctx: Any, x, numbers, dtype, low, *parts) -> tuple[Tensor, ...]:
+        rows, layers = _rows(x).to(dtype), [parts[i : i + 4] for i in range(0, len(parts), 4)]
+        outputs = [F.linear(rows, w.to(dtype), None if c is None else c.to(dtype)) for w, c, _, _ in layers]
+        adapters = [_Adapter(a, b, *own) for (_, _, a, b), own in zip(layers, numbers, strict=True)]
+        hidden, masks = _add_low_rank(outputs, rows, adapters, low)
+        # The weights as they are: cast copies of them would be held until the backward pass.
+        kept = [tensor for weight, _, a, b in layers for tensor in (weight, a, b)]
+        ctx.save_for_backward(rows, *hidden, *masks, *kept)
+        ctx.numbers, ctx.low, ctx.x_dtype = numbers, low, x.dtype
+        ctx.set_materialize_grads(False)
+        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        weight, a, b, *kept = ctx.saved_tensors
-        rows, asked = _rows(grad), (ctx.needs_input_grad[i] for i in (0, 3, 4))
-        base = rows @ weight.to(rows.dtype) if ctx.needs_input_grad[0] else None
-        of_x, of_a, of_b = _low_rank_gradients(rows, base, asked, a, b, kept, ctx.scaling, ctx.rate, ctx.low)
-        return _like(of_x, grad, ctx.x_dtype), None, None, of_a, of_b, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        count, (rows, *saved) = len(grads), ctx.saved_tensors
+        hidden, masks, kept = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        # An output that the loss does not depend on has no gradient, and its layer none.
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        outer = [_rows(grads[i]) for i in used]
+        adapters = [_Adapter(kept[3 * i + 1], kept[3 * i + 2], *ctx.numbers[i]) for i in used]
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            for i, grad in zip(used, outer, strict=True):
+                weight = kept[3 * i].to(grad.dtype)
+                of_x = _plus_product(of_x, grad, weight)
+        factors = [hidden[i] for i in used], [masks[i] for i in used]
+        of_x, of_factors = _low_rank_gradients(outer, of_x, rows, adapters, *factors, ctx.needs_input_grad[0], ctx.low)
+        found: list = [None] * (4 * count)
+        for i, (of_a, of_b) in zip(used, of_factors, strict=True):
+            found[4 * i + 2 : 4 * i + 4] = of_a, of_b
+        return _like(of_x, grads[used[0]], ctx.x_dtype), None, None, None, *found
 
 
 class _Update(Function):
@@ -100,60 +164,100 @@ class _Update(Function):
     @staticmethod
     def forward(ctx: Any, y, x, a, b, scaling: float, rate: float, low) -> Tensor:
         # A copy, as PEFT takes one: a gradient through an output of bitsandbytes that was changed in place may fail.
-        whole, kept = _add_low_rank(_rows(y).clone(), _rows(x), a, b, scaling, rate, low)
-        ctx.save_for_backward(a, b, *kept)
-        ctx.scaling, ctx.rate, ctx.low, ctx.x_dtype = scaling, rate, low, x.dtype
+        whole, rows = _rows(y).clone(), _rows(x)
+        (hidden,), (mask,) = _add_low_rank([whole], rows, [_Adapter(a, b, scaling, rate)], low)
+        ctx.save_for_backward(rows, hidden, mask, a, b)
+        ctx.numbers, ctx.low, ctx.x_dtype = (scaling, rate), low, x.dtype
         return whole.view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        a, b, *kept = ctx.saved_tensors
-        rows, asked = _rows(grad), ctx.needs_input_grad[1:4]
-        of_x, of_a, of_b = _low_rank_gradients(rows, None, asked, a, b, kept, ctx.scaling, ctx.rate, ctx.low)
+        rows, hidden, mask, a, b = ctx.saved_tensors
+        layer = [_Adapter(a, b, *ctx.numbers)]
+        of_x, ((of_a, of_b),) = _low_rank_gradients(
+            [_rows(grad)], None, rows, layer, [hidden], [mask], ctx.needs_input_grad[1], ctx.low
+        )
         return grad, _like(of_x, grad, ctx.x_dtype), of_a, of_b, None, None, None
 
 
-def _add_low_rank(y, rows, a, b, scaling, rate, low) -> tuple[Tensor, tuple]:
-    """`y + s x̃ AᵀBᵀ`, in place where the types allow it, and what its gradients need.
+def _add_low_rank(outputs: list[Tensor], rows: Tensor, layers: list[_Adapter], low: torch.dtype) -> tuple[list, list]:
+    """Add `s x̃ AᵀBᵀ` to each layer's output, in place where the types allow it.
 
     Args:
-        y: `(n, out)`.
+        outputs: y of each layer, `(n, out)`.
         rows: x, `(n, in)`.
-        a: `(r, in)`.
-        b: `(out, r)`.
+        layers: their adapters.
+        low: type of the products.
+
+    Returns:
+        What the gradients need of each layer: `A x̃ᵀ (r, n)`, and which entries a dropout has left, or None.
     """
-    values, mask = rows.to(low), None
-    if rate > 0:
-        mask = _drawn(values, rate)
-        values = _kept(values, mask)
-    hidden = a.to(low) @ values.t()  # (r, n)
-    b, scaling = b.t().to(low), scaling / (1.0 - rate)
-    if y.dtype == low:
-        y.addmm_(hidden.t(), b, alpha=scaling)
+    values = rows.to(low)
+    masks = [_drawn(values, layer.rate) if layer.rate > 0 else None for layer in layers]
+    if _together(masks):
+        hidden = list((_stacked(layers, low) @ values.t()).split([len(layer.a) for layer in layers]))
     else:
-        # Added in the wider of the two types, and rounded once.
-        y.add_(hidden.t() @ b, alpha=scaling)
-    return y, (rows, hidden, mask)
+        hidden = [layer.a.to(low) @ _kept(values, mask).t() for layer, mask in zip(layers, masks, strict=True)]
+    for y, of_layer, layer in zip(outputs, hidden, layers, strict=True):
+        b, scaling = layer.b.t().to(low), layer.scaling / (1.0 - layer.rate)
+        if y.dtype == low:
+            y.addmm_(of_layer.t(), b, alpha=scaling)
+        else:
+            # Added in the wider of the two types, and rounded once.
+            y.add_(of_layer.t() @ b, alpha=scaling)
+    return hidden, masks
 
 
-def _low_rank_gradients(grad, base, asked, a, b, kept, scaling, rate, low) -> tuple:
-    """Gradients of x (that of the base product, `base`, included), A and B, of those that are asked for."""
-    rows, hidden, mask = kept
-    asked_x, asked_a, asked_b = asked
-    grad, scaling = grad.to(low), scaling / (1.0 - rate)
-    of_hidden = (b.t().to(low) @ grad.t()).mul_(scaling)  # (r, n)
-    of_a = of_b = of_x = None
-    if asked_a:
-        of_a = (of_hidden @ _kept(rows.to(low), mask)).to(a.dtype)
-    if asked_b:
-        of_b = (hidden @ grad).mul_(scaling).t().to(b.dtype)
-    if asked_x and mask is None and base is not None and base.dtype == low:
-        of_x = base.addmm_(of_hidden.t(), a.to(low))
-    elif asked_x:
-        of_x = _kept(of_hidden.t() @ a.to(low), mask)
-        of_x = of_x if base is None else base.add_(of_x)
-    return of_x, of_a, of_b
+def _low_rank_gradients(
+    grads: list[Tensor], base: Tensor | None, rows: Tensor, layers: list[_Adapter], hidden: list[Tensor],
+    masks: list[Tensor | None], asked: bool, low: torch.dtype,
+) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:  # fmt: skip
+    """Gradients of x and of each layer's factors.
+
+    Args:
+        grads: of each layer's output, `(n, out)`.
+        base: gradient of x through the base products, `(n, in)`, which is added to; None: there is none.
+        rows, layers, low: of `_add_low_rank`.
+        hidden, masks: what that returned.
+        asked: whether x needs one.
+    """
+    grads = [grad.to(low) for grad in grads]
+    inner, of_b = [], []  # inner: gradients of `hidden`, (r, n)
+    for grad, layer, own in zip(grads, layers, hidden, strict=True):
+        scaling = layer.scaling / (1.0 - layer.rate)
+        inner.append((layer.b.t().to(low) @ grad.t()).mul_(scaling))
+        of_b.append((own @ grad).mul_(scaling).t().to(layer.b.dtype))
+    values, of_x = rows.to(low), base
+    if _together(masks):
+        of_hidden = inner[0] if len(inner) == 1 else torch.cat(inner)
+        of_a = (of_hidden @ values).split([len(layer.a) for layer in layers])
+        if asked:
+            of_x = _plus_product(base, of_hidden.t(), _stacked(layers, low))
+    else:
+        of_a = [own @ _kept(values, mask) for own, mask in zip(inner, masks, strict=True)]
+        for own, layer, mask in zip(inner, layers, masks, strict=True):
+            if asked:
+                through = _kept(own.t() @ layer.a.to(low), mask)
+                of_x = through if of_x is None else of_x.add_(through)
+    return of_x, [(a.to(layer.a.dtype), b) for a, b, layer in zip(of_a, of_b, layers, strict=True)]
+
+
+def _together(masks: list[Tensor | None]) -> bool:
+    """Whether no dropout gives the layers inputs of their own."""
+    return all(mask is None for mask in masks)
+
+
+def _stacked(layers: list[_Adapter], low: torch.dtype) -> Tensor:
+    """The factors A below each other."""
+    return layers[0].a.to(low) if len(layers) == 1 else torch.cat([layer.a for layer in layers]).to(low)
+
+
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """`total + left right`, in place."""
+    if total is None:
+        return left @ right
+    return total.addmm_(left, right) if total.dtype == left.dtype else total.add_(left @ right)
 
 
 def _drawn(values: Tensor, rate: float) -> Tensor:
@@ -177,6 +281,11 @@ def _kept(values: Tensor, mask: Tensor | None) -> Tensor:
 def _rows(values: Tensor) -> Tensor:
     """`(..., d)` as `(n, d)`."""
     return values.reshape(-1, values.shape[-1])
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _like(rows: Tensor | None, grad: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -18,6 +18,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from peft.tuners.adalora import AdaLoraLayer
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from copra_llm.errors import InputError
 from copra_llm.fused_linear import fused_forward, fusible
+from copra_llm.shared_inputs import SharedInput, shared_inputs
 
 GRANULARITIES = ("layer", "module")
 FIRST_INTEGER = r"^(?:[^.]+\.)*?\d+(?=\.|$)"
@@ -69,7 +71,10 @@ class LayerGates:
         self.modules = [[module for name in names for module in modules[name]] for names in players.values()]
         """The adapted modules of each player."""
         self.fused = fused
-        self._held: list[tuple[LoraLayer, type, type]] = []
+        self.shared: list[SharedInput] = []
+        """Layers that are computed together while all of them are open; see `find_shared_inputs`."""
+        self._shared_by: dict[int, SharedInput] = {}
+        self._held: list[_Switched] = []
 
     @property
     def num_layers(self) -> int:
@@ -78,6 +83,16 @@ class LayerGates:
     def player_of(self) -> dict[int, int]:
         """The player of every parameter of its modules, by the parameter's `id`; what is always on is not there."""
         return {id(p): i for i, modules in enumerate(self.modules) for module in modules for p in module.parameters()}
+
+    def find_shared_inputs(self, run: Callable[[], object]) -> None:
+        """See which modules take the same input, so that they are computed together from then on.
+
+        Args:
+            run: a forward pass of the model, with every gate open.
+        """
+        fusibles = [module for modules in self.modules for module in modules if fusible(module)]
+        self.shared = shared_inputs(fusibles, run) if self.fused else []
+        self._shared_by = {id(module): shared for shared in self.shared for module in shared.modules}
 
     @contextmanager
     def applied(self, mask: Sequence[bool]) -> Iterator[None]:
@@ -91,7 +106,7 @@ class LayerGates:
             _switch(switched)
             yield
         finally:
-            _restore(switched)
+            self._restore(switched)
 
     def apply(self, mask: Sequence[bool]) -> None:
         """Close the gates where `mask (num_layers,)` is False, until `lift` or the next mask.
@@ -104,21 +119,30 @@ class LayerGates:
 
     def lift(self) -> None:
         """Undo what `apply` has done."""
-        _restore(self._held)
+        self._restore(self._held)
         self._held = []
 
-    def _switched(self, mask: Sequence[bool]) -> list[tuple[LoraLayer, type, type]]:
-        """The modules that `mask` changes, each with its class as it is now and the one for the time of the mask."""
+    def _switched(self, mask: Sequence[bool]) -> list[_Switched]:
+        """The modules that `mask` changes."""
         if len(mask) != self.num_layers:
             raise ValueError(f"the mask has {len(mask)} entries for {self.num_layers} layers")
         switched = []
         for modules, active in zip(self.modules, mask, strict=True):
             for module in modules:
                 if not active:
-                    switched.append((module, type(module), _closed_class(type(module))))
+                    switched.append(_Switched(module, type(module), _closed_class(type(module)), None))
                 elif self.fused and fusible(module):
-                    switched.append((module, type(module), _fused_class(type(module))))
+                    shared = self._shared_by.get(id(module))
+                    switched.append(_Switched(module, type(module), _fused_class(type(module)), shared))
         return switched
+
+    def _restore(self, switched: list[_Switched]) -> None:
+        for module, before, _, shared in switched:
+            object.__setattr__(module, "__class__", before)
+            if shared is not None and not getattr(before, "is_fused", False):
+                vars(module).pop(_SHARED, None)
+        for shared in self.shared:
+            shared.forget()
 
 
 def group_players(
@@ -266,15 +290,25 @@ def foreign_adapters(model: nn.Module) -> list[str]:
     ]
 
 
-def _switch(modules: Iterable[tuple[LoraLayer, type, type]]) -> None:
-    for module, _, cls in modules:
+class _Switched(NamedTuple):
+    """A module, its class as it is now, the one for the time of a mask, and with whom it is computed then."""
+
+    module: LoraLayer
+    before: type
+    during: type
+    shared: SharedInput | None
+
+
+def _switch(modules: Iterable[_Switched]) -> None:
+    for module, _, during, shared in modules:
         # Not through nn.Module.__setattr__, which looks for parameters first.
-        object.__setattr__(module, "__class__", cls)
+        object.__setattr__(module, "__class__", during)
+        if shared is not None:
+            vars(module)[_SHARED] = shared
 
 
-def _restore(modules: Iterable[tuple[LoraLayer, type, type]]) -> None:
-    for module, cls, _ in modules:
-        object.__setattr__(module, "__class__", cls)
+_SHARED = "_copra_shared_input"
+"""Where a module has its `SharedInput` for the time of a mask."""
 
 
 @functools.cache
@@ -305,9 +339,11 @@ def _fused_class(cls: type[LoraLayer]) -> type[LoraLayer]:
     def forward(self, x, *args, **kwargs):
         if args or kwargs or self.disable_adapters or self.merged:
             return cls.forward(self, x, *args, **kwargs)
-        return fused_forward(self, x)
+        shared = vars(self).get(_SHARED)
+        return fused_forward(self, x) if shared is None else shared(self, x)
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    own = {"forward": forward, "__module__": cls.__module__, "is_fused": True}
+    return type(cls.__name__, (cls,), own)
 
 
 def _natural(name: str) -> tuple:

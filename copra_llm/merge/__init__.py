@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from copra_llm.adapters import AdapterWeights, LoraFactors
-from copra_llm.errors import InputError, nearest
+from copra_llm.errors import InputError, named, nearest, shown
 from copra_llm.merge.align import align
 from copra_llm.merge.align_learned import align_learned
 from copra_llm.merge.core_space import INNER, in_core
@@ -57,8 +57,10 @@ LINES = AVERAGES | {"task-arithmetic"}
 
 def check_method(method: str) -> None:
     """Refuse a name that is no key of `METHODS`."""
-    if method not in METHODS:
-        raise InputError(f'there is no merge method "{method}"{nearest(method, METHODS)}; choose {", ".join(METHODS)}')
+    # A plan may hold anything where the name belongs.
+    if not isinstance(method, str) or method not in METHODS:
+        close = nearest(method[:100], METHODS) if isinstance(method, str) else ""
+        raise InputError(f"there is no merge method {named(method)}{close}; choose {', '.join(METHODS)}")
 
 
 def check_line(method: str) -> None:
@@ -138,10 +140,10 @@ def check_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if name not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise InputError(f"{method} has no option {name}{nearest(name, known)}; {takes}")
+            raise InputError(f"{method} has no option {named(name, '')}{nearest(str(name)[:100], known)}; {takes}")
         good, must = _VALUES[name]
         if not good(value):
-            raise InputError(f"--{name} is {value!r}, but must be {must}")
+            raise InputError(f"--{name} is {shown(value)}, but must be {must}")
     return given
 
 

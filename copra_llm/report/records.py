@@ -42,6 +42,12 @@ MATCHING: dict[str, tuple[tuple[str, str], ...]] = {
 }
 """Lists of a record's data that must be of one length."""
 
+ROWS_MATCHING: dict[str, tuple[tuple[str, str], ...]] = {
+    "layerwise": (("alpha", "accuracy"), ("alpha", "loss")),
+    "plane": (("x", "accuracy"), ("x", "loss")),
+}
+"""Lists of a record's data, and lists of rows that must each have its length."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:
@@ -118,6 +124,13 @@ def check(result: Result, path: Path) -> None:
             raise InputError(
                 f"{path}: data.{first} has {lengths[0]} entries, data.{second} {lengths[1]}; "
                 "they must match, so run it again, or leave it out"
+            )
+    for first, second in ROWS_MATCHING.get(result.protocol, ()):
+        wanted = len(result.data[first])
+        if not all(isinstance(row, list) and len(row) == wanted for row in result.data[second]):
+            raise InputError(
+                f"{path}: data.{first} has {wanted} entries, so each row of data.{second} must have as many; run it "
+                "again, or leave it out"
             )
 
 

@@ -45,6 +45,12 @@ def _who(point: dict[str, Any]) -> str:
     return f"{method_of(point)}{settings}, seed {point.get('seed')}"
 
 
+def _rate(point: dict[str, Any]) -> str:
+    """Empty of an adapter that came without its run's record."""
+    rate = point.get("learning_rate")
+    return "" if rate is None else f"{rate:g}"
+
+
 def _series(records: Sequence[Result]) -> list[str]:
     return sorted({method_of(p) for r in records for p in r.data["points"]}, key=rank)
 
@@ -62,8 +68,7 @@ def _scatter_figure(records: Sequence[Result]) -> Figure:
         placed = _placed(r)
         rates = sorted({p.get("learning_rate") for p in placed if p.get("learning_rate") is not None})
         points = [
-            Point(p["x"], p["y"], style[method_of(p)], _who(p), f"{p['learning_rate']:g}" if len(rates) > 1 else "")
-            for p in placed
+            Point(p["x"], p["y"], style[method_of(p)], _who(p), _rate(p) if len(rates) > 1 else "") for p in placed
         ]
         tagged = tagged or len(rates) > 1
         counts = ", ".join(f"{name} {sum(method_of(p) == name for p in placed)}" for name in names)
