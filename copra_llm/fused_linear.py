@@ -4,9 +4,8 @@
 
 PEFT computes base and adapter one after the other and adds them up: three more passes over an output-sized tensor in
 each direction, and autograd keeps x̃ and the dropout's noise. Here it is one autograd node: both products go into the
-same buffer, of the noise one bit-like mask is kept, and x̃ is made again. The products of rank r are taken with the
-long side last, which BLAS does in half the time. Layers that take the same x (queries, keys and values) can share a
-node: their gradients of x are summed up as they arise.
+same buffer, of the noise one bit-like mask is kept, and x̃ is made again. Layers that take the same x (queries, keys and
+values) can share a node: their gradients of x are summed up as they arise.
 
 It stands in for PEFT's forward where that is plain LoRA on a linear layer, in any precision; a quantised base keeps its
 own product. Values differ from PEFT's by the rounding of sums in another order, and on a CPU by which entries a dropout
@@ -36,19 +35,21 @@ def fusible(module: nn.Module) -> bool:
     A piece that somebody watches by a hook has to be called: ZeRO-3 gathers parameters so.
     """
     adapters = getattr(module, "active_adapters", ())
-    if len(adapters) != 1 or adapters[0] not in getattr(module, "lora_A", {}):
+    # Asked of every layer before every step, so past the slow lookup of submodules.
+    own = module._modules
+    if len(adapters) != 1 or adapters[0] not in (layers_a := own.get("lora_A") or {}):
         return False
     name = adapters[0]
     if module.lora_variant.get(name) is not None or getattr(module, "fan_in_fan_out", False):
         return False
-    pieces = (module.base_layer, module.lora_A[name], module.lora_B[name], module.lora_dropout[name])
+    pieces = own["base_layer"], layers_a[name], own["lora_B"][name], own["lora_dropout"][name]
     base, a, b, dropout = pieces
     return (
-        type(base) in (nn.Linear, *_quantised())
+        type(base) in _bases()
         and type(a) is type(b) is nn.Linear
         and a.bias is b.bias is None
         and type(dropout) in (nn.Identity, nn.Dropout)
-        and not any(p.requires_grad for p in base.parameters())
+        and not any(p is not None and p.requires_grad for p in base._parameters.values())
         and not any(piece._forward_hooks or piece._forward_pre_hooks for piece in pieces)
     )
 
@@ -191,21 +192,21 @@ def _add_low_rank(outputs: list[Tensor], rows: Tensor, layers: list[_Adapter], l
         low: type of the products.
 
     Returns:
-        What the gradients need of each layer: `A x̃ᵀ (r, n)`, and which entries a dropout has left, or None.
+        What the gradients need of each layer: `x̃ Aᵀ (n, r)`, and which entries a dropout has left, or None.
     """
     values = rows.to(low)
     masks = [_drawn(values, layer.rate) if layer.rate > 0 else None for layer in layers]
     if _together(masks):
-        hidden = list((_stacked(layers, low) @ values.t()).split([len(layer.a) for layer in layers]))
+        hidden = list((values @ _stacked(layers, low).t()).split([len(layer.a) for layer in layers], 1))
     else:
-        hidden = [layer.a.to(low) @ _kept(values, mask).t() for layer, mask in zip(layers, masks, strict=True)]
-    for y, of_layer, layer in zip(outputs, hidden, layers, strict=True):
-        b, scaling = layer.b.t().to(low), layer.scaling / (1.0 - layer.rate)
+        hidden = [_kept(values, mask) @ layer.a.to(low).t() for layer, mask in zip(layers, masks, strict=True)]
+    for y, inner, layer in zip(outputs, hidden, layers, strict=True):
+        b, scaling = layer.b.to(low).t(), layer.scaling / (1.0 - layer.rate)
         if y.dtype == low:
-            y.addmm_(of_layer.t(), b, alpha=scaling)
+            y.addmm_(inner, b, alpha=scaling)
         else:
             # Added in the wider of the two types, and rounded once.
-            y.add_(of_layer.t() @ b, alpha=scaling)
+            y.add_(inner @ b, alpha=scaling)
     return hidden, masks
 
 
@@ -223,22 +224,23 @@ def _low_rank_gradients(
         asked: whether x needs one.
     """
     grads = [grad.to(low) for grad in grads]
-    inner, of_b = [], []  # inner: gradients of `hidden`, (r, n)
+    of_hidden, of_b = [], []
     for grad, layer, own in zip(grads, layers, hidden, strict=True):
         scaling = layer.scaling / (1.0 - layer.rate)
-        inner.append((layer.b.t().to(low) @ grad.t()).mul_(scaling))
-        of_b.append((own @ grad).mul_(scaling).t().to(layer.b.dtype))
+        of_hidden.append((grad @ layer.b.to(low)).mul_(scaling))  # (n, r)
+        # With the long side last, which BLAS does in a third of the time.
+        of_b.append((own.t() @ grad).mul_(scaling).t().to(layer.b.dtype))
     values, of_x = rows.to(low), base
     if _together(masks):
-        of_hidden = inner[0] if len(inner) == 1 else torch.cat(inner)
-        of_a = (of_hidden @ values).split([len(layer.a) for layer in layers])
+        every = of_hidden[0] if len(of_hidden) == 1 else torch.cat(of_hidden, 1)
+        of_a = (every.t() @ values).split([len(layer.a) for layer in layers])
         if asked:
-            of_x = _plus_product(base, of_hidden.t(), _stacked(layers, low))
+            of_x = _plus_product(base, every, _stacked(layers, low))
     else:
-        of_a = [own @ _kept(values, mask) for own, mask in zip(inner, masks, strict=True)]
-        for own, layer, mask in zip(inner, layers, masks, strict=True):
+        of_a = [own.t() @ _kept(values, mask) for own, mask in zip(of_hidden, masks, strict=True)]
+        for own, layer, mask in zip(of_hidden, layers, masks, strict=True):
             if asked:
-                through = _kept(own.t() @ layer.a.to(low), mask)
+                through = _kept(own @ layer.a.to(low), mask)
                 of_x = through if of_x is None else of_x.add_(through)
     return of_x, [(a.to(layer.a.dtype), b) for a, b, layer in zip(of_a, of_b, layers, strict=True)]
 
@@ -293,10 +295,10 @@ def _like(rows: Tensor | None, grad: Tensor, dtype: torch.dtype) -> Tensor | Non
 
 
 @functools.cache
-def _quantised() -> tuple[type, ...]:
-    """The linear layers of bitsandbytes, if it is installed."""
+def _bases() -> tuple[type, ...]:
+    """Linear layers, and those of bitsandbytes, if it is installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        return ()
+        return (nn.Linear,)
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    return Linear4bit, Linear8bitLt
+    return nn.Linear, Linear4bit, Linear8bitLt

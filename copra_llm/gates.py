@@ -90,8 +90,8 @@ class LayerGates:
         Args:
             run: a forward pass of the model, with every gate open.
         """
-        fusibles = [module for modules in self.modules for module in modules if fusible(module)]
-        self.shared = shared_inputs(fusibles, run) if self.fused else []
+        fusibles = [module for modules in self.modules for module in modules if self.fused and fusible(module)]
+        self.shared = shared_inputs(fusibles, run) if fusibles else []
         self._shared_by = {id(module): shared for shared in self.shared for module in shared.modules}
 
     @contextmanager

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import shutil
 import sys
@@ -51,7 +52,7 @@ from copra_llm.checkpoint import (
 )
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, Preempted
-from copra_llm.evaluate import evaluate, load_metrics
+from copra_llm.evaluate import evaluate, load_metrics, scoring
 from copra_llm.gates import LayerGates
 from copra_llm.launch import backend_of, check_launch, check_same_base, mixed_precision, process_group
 from copra_llm.liger import apply_liger, check_liger
@@ -226,6 +227,7 @@ def fit(
     best = BestAdapter(backend, folder, settings, lambda step: schedule.settled((first + step) / whole), progress)
     keep_at = {step_at(fraction, total_steps) for fraction in settings.checkpoint_at}
     batches = iter(accelerator.prepare_data_loader(loader))
+    batches = _see_shared_inputs(accelerator, gates, classifier, batches)
     logged = _RunningLoss(accelerator.device, *progress.unlogged)
     clock = time.time() - progress.seconds
     noise = noisy_embeddings(bench.base.model, settings.neftune_noise_alpha)
@@ -283,6 +285,20 @@ def fit(
 
 
 # --- parts of the loop ------------------------------------------------------------------------------------
+
+
+def _see_shared_inputs(
+    accelerator: Accelerator, gates: LayerGates, classifier: torch.nn.Module, batches: Iterator[dict]
+) -> Iterator[dict]:
+    """Show the gates one forward pass, and give back the batch that it took.
+
+    Before the first step, also of a resumed run: which layers are computed together decides in which order they round.
+    """
+    first = list(itertools.islice(batches, 1))
+    if first:
+        with scoring(accelerator, classifier):
+            gates.find_shared_inputs(lambda: classifier(first[0]))
+    return itertools.chain(first, batches)
 
 
 def next_step(accelerator: Accelerator, batches: Iterator[dict], count: int) -> list[dict]:
