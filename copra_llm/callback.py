@@ -78,9 +78,10 @@ class CopRACallback(TrainerCallback):
         self._masked = _MaskedModel(model, gates, _training_frame())
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        p = self.schedule(state.global_step / state.max_steps)
-        mask = sample_mask(p, self._masked.gates.num_layers, seed=self.seed, step=state.global_step)
-        self._of_last_step = {"activation_prob": p, "active_layers": int(mask.sum())}
+        layers = self._masked.gates.num_layers
+        p = self.schedule.of_layers(state.global_step / state.max_steps, layers)
+        mask = sample_mask(p, layers, seed=self.seed, step=state.global_step)
+        self._of_last_step = {"activation_prob": sum(p) / layers, "active_layers": int(mask.sum())}
         self._masked.begin(mask)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):

@@ -95,16 +95,17 @@ class LayerGates:
         self._shared_by = {id(module): shared for shared in self.shared for module in shared.modules}
 
     @contextmanager
-    def applied(self, mask: Sequence[bool]) -> Iterator[None]:
+    def applied(self, mask: Sequence[bool], scales: Sequence[float] | None = None) -> Iterator[None]:
         """Close the gates where `mask (num_layers,)` is False; every gate is open again afterwards.
 
-        Forward, backward and (for activation checkpointing, which runs forward again) everything between
-        belong inside.
+        Where `scales (num_layers,)` are given, each open layer's update is multiplied with its own. Forward, backward
+        and (for activation checkpointing, which runs forward again) everything between belong inside.
         """
         switched = self._switched(mask)
         try:
             _switch(switched)
-            yield
+            with self._scaled(mask, scales):
+                yield
         finally:
             self._restore(switched)
 
@@ -135,6 +136,19 @@ class LayerGates:
                     shared = self._shared_by.get(id(module))
                     switched.append(_Switched(module, type(module), _fused_class(type(module)), shared))
         return switched
+
+    @contextmanager
+    def _scaled(self, mask: Sequence[bool], scales: Sequence[float] | None) -> Iterator[None]:
+        layers = zip(self.modules, mask, scales, strict=True) if scales is not None else ()
+        changed = [(module, module.scaling, scale) for modules, active, scale in layers if active for module in modules]
+        try:
+            for module, scaling, scale in changed:
+                # Another dictionary in its place, so that the true scalings come back as they were.
+                module.scaling = {name: value * scale for name, value in scaling.items()}
+            yield
+        finally:
+            for module, scaling, _ in changed:
+                module.scaling = scaling
 
     def _restore(self, switched: list[_Switched]) -> None:
         for module, before, _, shared in switched:

@@ -7,7 +7,8 @@ drawn exactly, in one pass: while no layer is active yet and m layers are left (
 
     P(delta_l = 1) = p / (1 - (1 - p)^m) = p / (-expm1(m * log1p(-p))),        1 / m at p = 0,
 
-and plain Bernoulli(p) after the first active one. The marginal is p / (1 - (1 - p)^L) for every layer.
+and plain Bernoulli(p) after the first active one. The marginal is p / (1 - (1 - p)^L) for every layer. Where layers
+have probabilities p_l of their own, the product of the 1 - p_l of the layers left stands for (1 - p)^m.
 
 The mask is a pure function of (seed, step): Philox with key = seed and the step in its counter. So every
 rank, machine and resumed run sees the same mask, nothing has to be saved, and no global generator moves.
@@ -18,15 +19,16 @@ Source: CopRA (arXiv 2410.22911), equation 2.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 
-def sample_mask(p: float, num_layers: int, *, seed: int, step: int) -> np.ndarray:
+def sample_mask(p: float | Sequence[float], num_layers: int, *, seed: int, step: int) -> np.ndarray:
     """The mask of one optimizer step.
 
     Args:
-        p: activation probability in [0, 1].
+        p: activation probability in [0, 1], or one a layer.
         num_layers: number of players, at least 1.
         seed: mask seed in [0, 2**64).
         step: optimizer step in [0, 2**64).
@@ -37,27 +39,47 @@ def sample_mask(p: float, num_layers: int, *, seed: int, step: int) -> np.ndarra
     Raises:
         ValueError: if `p` or `num_layers` is out of range.
     """
-    if not 0.0 <= p <= 1.0 or num_layers < 1:
-        raise ValueError(f"p must lie in [0, 1] and num_layers be positive, not p={p}, num_layers={num_layers}")
+    probs = _of_layers(p, num_layers)
     mask = np.zeros(num_layers, dtype=bool)
     any_active = False
     for layer, u in enumerate(_uniforms(num_layers, seed, step)):
-        mask[layer] = u < (p if any_active else _first_active_prob(p, num_layers - layer))
+        mask[layer] = u < (probs[layer] if any_active else _first_active_prob(probs[layer:]))
         any_active = any_active or bool(mask[layer])
     return mask
 
 
 def marginal_prob(p: float, num_layers: int) -> float:
     """P(delta_l = 1) of one layer under the conditioned law: p / (1 - (1 - p)^L), and 1 / L at p = 0."""
-    return _first_active_prob(p, num_layers)
+    return _first_active_prob([p] * num_layers)
 
 
-def _first_active_prob(p: float, remaining: int) -> float:
-    if p == 0.0:
-        return 1.0 / remaining
-    if p == 1.0 or remaining == 1:
+def marginal_probs(p: Sequence[float]) -> list[float]:
+    """P(delta_l = 1) of every layer under the conditioned law: p_l / (1 - prod_j (1 - p_j)); 1 / L where all are 0."""
+    probs = _of_layers(p, len(p))
+    return [_first_active_prob([probs[i], *probs[:i], *probs[i + 1 :]]) for i in range(len(probs))]
+
+
+def _of_layers(p: float | Sequence[float], num_layers: int) -> list[float]:
+    probs = [p] * num_layers if isinstance(p, int | float) else list(p)
+    if num_layers < 1 or len(probs) != num_layers or not all(0.0 <= q <= 1.0 for q in probs):
+        raise ValueError(f"p must lie in [0, 1], once or for each layer, and num_layers be positive, not p={p}, "
+                         f"num_layers={num_layers}")  # fmt: skip
+    return probs
+
+
+def _first_active_prob(left: Sequence[float]) -> float:
+    """P(delta = 1) of the first of the layers that are left, if none has been active before."""
+    p, remaining = left[0], len(left)
+    if remaining == 1:
         return 1.0
-    return p / -math.expm1(remaining * math.log1p(-p))
+    if all(q == p for q in left):
+        if p == 0.0:
+            return 1.0 / remaining
+        # Not the sum below: masks of one probability are the same on every machine, to the bit.
+        return 1.0 if p == 1.0 else p / -math.expm1(remaining * math.log1p(-p))
+    if 1.0 in left:
+        return p
+    return p / -math.expm1(sum(math.log1p(-q) for q in left))
 
 
 def _uniforms(n: int, seed: int, step: int) -> np.ndarray:

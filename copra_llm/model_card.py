@@ -212,7 +212,7 @@ def _shown_settings(about: Adapter) -> list[tuple[str, Any]]:
     lora, train = about.settings.lora, about.settings.train
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
     processes = about.record.environment.get("world_size", 1) if about.record is not None else 1
-    part = about.settings.part
+    part, schedule = about.settings.part, about.settings.schedule
     shares = f"client {part.client} of {part.num_clients}, {part.client_split}"
     variants = [name for name in ("use_rslora", "use_dora") if getattr(lora, name)]
     return [
@@ -220,8 +220,11 @@ def _shown_settings(about: Adapter) -> list[tuple[str, Any]]:
         ("rank, alpha, dropout", f"{lora.lora_r}, {lora.lora_alpha:g}, {lora.lora_dropout:g}"),
         ("start, variants", ", ".join([lora.init_lora_weights, *variants])),
         ("adapted modules", ", ".join(_modules(about.config.get("target_modules")))),
-        ("layers switched", about.settings.schedule.granularity),
-        ("stochastic depth", about.settings.schedule.stochastic_depth),
+        ("layers switched", schedule.granularity),
+        ("stochastic depth", schedule.stochastic_depth),
+        ("layers ramp apart by", f"{schedule.depth_spread:g} of the ramp" if schedule.depth_spread else None),
+        ("active layers scaled by 1 / share of steps", "yes" if schedule.rescale_active else None),
+        ("learning rate over share of steps, to the power", schedule.rate_compensation or None),
         ("steps", about.record.steps if about.record is not None else None),
         ("examples a step", batch * processes),
         ("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler_type}, {train.warmup_steps} warm-up steps"),

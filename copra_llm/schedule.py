@@ -5,6 +5,9 @@
 `g` rises from 0 to 1; linear in the paper. CopRA is p_start = 0, p_end = 1, ramp_fraction = 3/4, so
 p = min(4t / 3T, 1). Its successor CoTo starts at 0.1. Plain LoRA is the constant p = 1.
 
+With a `depth_spread` d the layers ramp one after another: layer l of L begins when a part |d| l / (L - 1) of the ramp
+is over (d > 0; from the last layer down for d < 0), and takes the part 1 - |d| of it. That is an ablation of ours.
+
 Source: CopRA (arXiv 2410.22911), section 2.1; CoTo (ICML 2025) for p_start = 0.1.
 """
 
@@ -38,8 +41,12 @@ class Schedule:
     """Fraction of the optimizer steps spent ramping, in (0, 1]."""
     shape: str = "linear"
     """Key of `SHAPES`."""
+    depth_spread: float = 0.0
+    """Part of the ramp by which the last layer begins later than the first, in (-1, 1)."""
 
     def __post_init__(self):
+        if not -1.0 < self.depth_spread < 1.0:
+            raise InputError(f"depth_spread is {self.depth_spread}, but must lie in (-1, 1)")
         for name, low_open in (("p_start", False), ("p_end", True), ("ramp_fraction", True)):
             value = getattr(self, name)
             if not (0.0 < value <= 1.0 if low_open else 0.0 <= value <= 1.0):
@@ -53,7 +60,18 @@ class Schedule:
 
     def __call__(self, t: float) -> float:
         """Activation probability at relative time `t` in [0, 1]."""
-        progress = min(t / self.ramp_fraction, 1.0)
+        return self._at(min(t / self.ramp_fraction, 1.0))
+
+    def of_layers(self, t: float, num_layers: int) -> list[float]:
+        """Each layer's activation probability at relative time `t` in [0, 1]."""
+        progress, spread = min(t / self.ramp_fraction, 1.0), abs(self.depth_spread)
+        delays = [spread * layer / max(1, num_layers - 1) for layer in range(num_layers)]
+        if self.depth_spread < 0.0:
+            delays.reverse()
+        return [self._at(min(max((progress - delay) / (1.0 - spread), 0.0), 1.0)) for delay in delays]
+
+    def _at(self, progress: float) -> float:
+        """Activation probability at a part of the ramp in [0, 1]."""
         return self.p_start + (self.p_end - self.p_start) * SHAPES[self.shape](progress)
 
 

@@ -117,6 +117,15 @@ class ScheduleSettings:
     p_end: float | None = setting(None, "Activation probability after the ramp; unset: the method's.")
     ramp_fraction: float | None = setting(None, "Fraction of the steps spent ramping, in (0, 1]; unset: the method's.")
     ramp_shape: str | None = setting(None, "linear, exponential, cosine, constant or reversed; unset: the method's.")
+    depth_spread: float = setting(
+        0.0, "Ablation: part of the ramp by which the last layer begins later than the first, in (-1, 1)."
+    )
+    rescale_active: bool = setting(
+        False, "Ablation: scale an active layer by 1 / its share of active steps, as dropout scales what it leaves."
+    )
+    rate_compensation: float = setting(
+        0.0, "Ablation: divide the learning rate by this power, in [0, 1], of the layers' share of active steps."
+    )
     granularity: str = setting("layer", "What one gate switches: layer (a transformer block) or module.")
     layer_pattern: str | None = setting(None, "Regular expression whose match ends a layer's name; unset: an integer.")
     stochastic_depth: float | None = setting(
@@ -127,6 +136,11 @@ class ScheduleSettings:
         self.schedule()
         if self.granularity not in ("layer", "module"):
             raise InputError(f"--granularity is {self.granularity!r}, but must be layer or module")
+        if not 0.0 <= self.rate_compensation <= 1.0:
+            raise InputError(f"--rate_compensation is {self.rate_compensation:g}, but must lie in [0, 1]")
+        if self.rate_compensation and self.depth_spread:
+            raise InputError("--rate_compensation needs one share of active steps for all layers, but --depth_spread "
+                             "gives each its own; give one of them")  # fmt: skip
         if self.stochastic_depth is not None:
             if not 0.0 < self.stochastic_depth < 1.0:
                 raise InputError(f"--stochastic_depth is {self.stochastic_depth:g}, but must lie in (0, 1)")
@@ -144,7 +158,8 @@ class ScheduleSettings:
         """The method's schedule with the settings that were given in its place."""
         if self.method not in METHODS:
             raise InputError(f"--method is {self.method!r}, but must be one of {', '.join(METHODS)}")
-        given = {"p_start": self.p_start, "p_end": self.p_end, "ramp_fraction": self.ramp_fraction}
+        given = {"p_start": self.p_start, "p_end": self.p_end, "ramp_fraction": self.ramp_fraction,
+                 "depth_spread": self.depth_spread or None}  # fmt: skip
         given = {key: value for key, value in given.items() if value is not None}
         if self.ramp_shape is not None:
             given["shape"] = self.ramp_shape

@@ -50,6 +50,7 @@ from copra_llm.checkpoint import (
     save_checkpoint,
     sole_writer,
 )
+from copra_llm.compensation import compensated, layer_scales
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, Preempted
 from copra_llm.evaluate import evaluate, load_metrics, scoring
@@ -235,17 +236,18 @@ def fit(
     with noise, _bar(accelerator, progress.step, total_steps) as bar, signals as asked_to_stop:
         for step in range(progress.step, total_steps):
             now = first + step  # of `whole`: the run may be a part of a longer one
-            p = schedule(now / whole)
+            p = schedule.of_layers(now / whole, gates.num_layers)
             mask = sample_mask(p, gates.num_layers, seed=settings.seed_of("mask"), step=now)
             _seed_noise(settings.seed_of("data"), now, accelerator.process_index)
-            with gates.applied(mask), depth.applied(now):
+            with gates.applied(mask, layer_scales(config.schedule, p)), depth.applied(now):
                 parts = next_step(accelerator, batches, settings.gradient_accumulation_steps)
                 for part, batch in enumerate(parts, 1):
                     loss = classifier(batch)
                     backend.backward(loss, last=part == len(parts))
                     logged.add(loss)
                     watch.see(loss)
-                norm = backend.step(mask, watch)
+                with compensated(config.schedule, optimizer, p):
+                    norm = backend.step(mask, watch)
             scheduler.step()
             progress.step = step + 1
             progress.seconds = time.time() - clock
@@ -255,11 +257,11 @@ def fit(
             on_step()
             if progress.step % settings.logging_steps == 0 or last:
                 watch.read(step)
-                entry = {"loss": logged.mean(), "learning_rate": scheduler.get_last_lr()[0],
-                         "grad_norm": float(norm), "activation_prob": p, "active_layers": int(mask.sum())}  # fmt: skip
+                entry = {"loss": logged.mean(), "learning_rate": scheduler.get_last_lr()[0], "grad_norm": float(norm),
+                         "activation_prob": sum(p) / len(p), "active_layers": int(mask.sum())}  # fmt: skip
                 progress.log.append({"step": progress.step, **entry})
                 accelerator.log({f"train/{key}": value for key, value in entry.items()}, step=progress.step)
-                bar.set_postfix(loss=f"{entry['loss']:.3f}", p=f"{p:.2f}")
+                bar.set_postfix(loss=f"{entry['loss']:.3f}", p=f"{entry['activation_prob']:.2f}")
             if settings.eval_steps and progress.step % settings.eval_steps == 0:
                 if best.wanted or not last:
                     _evaluate_dev(accelerator, bench, settings.per_device_eval_batch_size, progress)

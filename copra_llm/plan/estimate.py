@@ -74,6 +74,9 @@ def make_plan(config: RunConfig, cluster: ClusterSettings, shape: ShapeSettings 
         InputError: for settings that contradict, or a model that cannot be planned.
     """
     train, shape = config.train, shape or ShapeSettings()
+    if config.schedule.depth_spread:
+        raise InputError("--depth_spread gives each layer a ramp of its own, which this plan does not reckon with; "
+                         "leave it out")  # fmt: skip
     architecture, source = configuration(config.model, shape, config.data.max_length)
     base, model = empty_model(architecture, source, config.model.dtype, config.lora)
     sizes = measure(base, model, config.model, config.lora, config.schedule)
