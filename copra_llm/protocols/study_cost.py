@@ -3,7 +3,8 @@
     minutes = steps * (seconds of a step) + lines * (seconds of a line) + ...
 
 Seconds are means over the records there are, of the same model and task, else of the model, else of any; they hold for
-the machine that made them and one process on it.
+the machine that made them and one process on it. The study's own records come before those of other folders, which
+serve as clocks alone: most runs are wanted with their adapters, so that a record elsewhere saves little.
 """
 
 from __future__ import annotations
@@ -42,23 +43,33 @@ class Needed:
 
 
 class Clock:
-    """Mean seconds of a record, from those there are; of a training run by its steps, of a line by its points."""
+    """Mean seconds of a record, from those there are; of a training run by its steps, of a line by its points.
 
-    def __init__(self, records: Iterable[Result]):
-        self._seen: dict[tuple, list[float]] = defaultdict(list)
-        for r in records:
-            if r.protocol not in KINDS or not r.seconds:
-                continue
-            task = r.config.get("task") or "+".join(r.config.get("tasks", []))
-            model = portable_name(str(r.config.get("model_name_or_path")))
-            for key in ((r.protocol, model, task), (r.protocol, model), (r.protocol,)):
-                self._seen[key].append(r.seconds / _parts(r))
+    Args:
+        records: of one folder after the other; the first that has a model and task is asked.
+    """
+
+    def __init__(self, *records: Iterable[Result]):
+        self._seen = [_times(of_folder) for of_folder in records]
 
     def seconds(self, protocol: str, model: str, task: str, parts: int) -> float | None:
         """Of a record with so many steps, points or variants; None if no such record has been made."""
         keys = ((protocol, model, task), (protocol, model), (protocol,))
-        found = next((self._seen[key] for key in keys if key in self._seen), None)
+        found = next((seen[key] for key in keys for seen in self._seen if key in seen), None)
         return None if found is None else parts * float(np.mean(found))
+
+
+def _times(records: Iterable[Result]) -> dict[tuple, list[float]]:
+    """Seconds of one part, by protocol, model and task, by protocol and model, and by protocol."""
+    seen: dict[tuple, list[float]] = defaultdict(list)
+    for r in records:
+        if r.protocol not in KINDS or not r.seconds:
+            continue
+        task = r.config.get("task") or "+".join(r.config.get("tasks", []))
+        model = portable_name(str(r.config.get("model_name_or_path")))
+        for key in ((r.protocol, model, task), (r.protocol, model), (r.protocol,)):
+            seen[key].append(r.seconds / _parts(r))
+    return seen
 
 
 def _parts(r: Result) -> int:
@@ -76,9 +87,8 @@ def cost_lines(
 ) -> Iterator[str]:
     """A line an entry. What an entry before has counted is not counted again."""
     selection.check(list(comparisons.values()))
-    folders = [folder for folder in (results, *others) if any(folder.rglob("*.json"))]
-    clock = Clock(find_results(folders) if folders else [])
-    store, counted, minutes = Store(results, results, others=others), set(), 0.0
+    clock = Clock(*(find_results([folder]) for folder in (results, *others) if any(folder.rglob("*.json"))))
+    store, counted, minutes = Store(results, results), set(), 0.0
     for name, comparison in comparisons.items():
         needed = needed_of(store, comparison, selection, clock, counted, data_root)
         minutes += needed.seconds / 60
