@@ -85,6 +85,8 @@ def test_a_variants_own_steps_stand_in_place_of_the_candidates():
         ({"factors": {"rank": {"r0": {"lora_r": 0}}}}, "--lora_r is 0"),
         ({"factors": {"a": {"x": {"lora_r": 4}}, "b": {"x": {"lora_r": 8}}}}, "two cells of the name lora-x"),
         ({"points": {"fusion": 4}}, "line of 4 points"),
+        ({"groups": [["sst2", "mnli"]]}, "two or more of its tasks"),
+        ({"groups": [["sst2", "agnews"]], "tune": "per_task"}, "give tune: over_tasks"),
         ({"densities": [0.0]}, "the density is 0"),
         ({"tasks": ["sst3"]}, 'no task "sst3"'),
     ],
@@ -252,8 +254,8 @@ def measured(tiny_bert, tmp_path_factory) -> tuple[Comparison, Path, Path, list[
     """A study of two variants and two seeds with every outcome: plan, results, work, what it said."""
     folder, said = tmp_path_factory.mktemp("study"), []
     whole = plan(
-        model=str(tiny_bert), tasks=["sst2"], seeds=[0, 1], learning_rate=[1e-2], points={"fusion": 3, "align": 3},
-        pruned=["every-other"], densities=[0.5], shapley_samples=4, distances=True,
+        model=str(tiny_bert), seeds=[0, 1], learning_rate=[1e-2], points={"fusion": 3, "align": 3},
+        pruned=["every-other"], densities=[0.5], shapley_samples=4, distances=True, groups=[["sst2", "agnews"]],
         settings=PLAN.settings | {"checkpoint_at": [0.25]},
     )  # fmt: skip
     run_study({"a": whole}, folder / "results", folder / "work", "sample", say=said.append, workers=1)
@@ -263,7 +265,8 @@ def measured(tiny_bert, tmp_path_factory) -> tuple[Comparison, Path, Path, list[
 def test_every_outcome_leaves_a_record(measured):
     records = find_results([measured[1]])
     count = {kind: sum(r.protocol == kind for r in records) for kind in {r.protocol for r in records}}
-    assert count == {"train": 4, "interpolation": 4, "pruning": 4, "shapley": 4, "distance": 4}
+    each = dict.fromkeys(("train", "interpolation", "pruning", "shapley", "distance"), 2 * 2 * 2)
+    assert count == each | {"multitask": 2 * 2 * 2}
 
 
 def test_pairs_are_evaluated_as_soon_as_their_runs_are_there(measured):
@@ -280,6 +283,19 @@ def test_a_line_ends_in_the_single_adapters(measured, tiny_bert):
     assert drop + fused == pytest.approx(np.mean(list(known["single"]["sst2"].values())))
     (align,) = known["align drop"]["sst2"].values()
     assert align + known["align"]["sst2"][0, 1] == pytest.approx(drop + fused)
+
+
+def test_the_tasks_adapters_of_a_seed_are_merged_with_each_other(measured):
+    """One adapter on two tasks: in the tables the group is a task of its own."""
+    whole = measured[0]
+    records = find_results([measured[1]])
+    known = outcomes(r for r in records if r.config["method"] == "lora")
+    assert {task: set(own) for task, own in known["together fusion"].items()} == {"sst2+agnews": {(0,), (1,)}}
+    (made,) = (r for r in records if r.protocol == "multitask" and r.config["method"] == "lora"
+               and r.config["merge_name"] == "fusion" and r.config["seed"] == 0)  # fmt: skip
+    for task in whole.tasks:
+        assert made.metrics[f"test/{task}/accuracy/single"] == known["single"][task][0,]
+    assert "tasks in one, fused" in means_table(records, whole)
 
 
 def test_distances_are_those_of_the_adapters(measured):
@@ -301,7 +317,8 @@ def test_a_seed_more_is_merged_with_those_before_it(measured, tmp_path):
     whole, results, work, _ = measured
     results, work = shutil.copytree(results, tmp_path / "results"), shutil.copytree(work, tmp_path / "work")
     more = dataclasses.replace(whole, seeds=[0, 1, 2], shapley_samples=0, distances=False, pruned=[], densities=[])
-    run_study({"a": more}, results, work, "sample", selection=Selection(variants=["lora"]), say=quiet, workers=1)
+    part = Selection(tasks=["sst2"], variants=["lora"])
+    run_study({"a": more}, results, work, "sample", selection=part, say=quiet, workers=1)
     names = {f.name for f in results.glob("*/sst2/lora/fusion-*.json")}
     assert names == {f"fusion-lr0.01-steps4-seeds{i}-{j}.json" for i, j in ((0, 1), (0, 2), (1, 2))}
 
@@ -336,13 +353,14 @@ ONE_RATE = plan(learning_rate=[1e-2])
 def test_the_tables_say_what_the_records_hold():
     made = synthetic(ONE_RATE)
     lora, copra = means_table(made, ONE_RATE).splitlines()[2:]
-    assert lora == "| lora | 0.01, 4 | 2, 3 | 70.0 | 60.0 | 10.0 | 4 |"
-    assert copra == "| copra | 0.01, 4 | 2, 3 | 68.0 | 64.0 | 4.0 | 4 |"
+    assert lora == "| lora | 0.01, 4 | 2, 3 | 70.0 | 60.0 | 10.0 | 10.0 | 4 |"
+    assert copra == "| copra | 0.01, 4 | 2, 3 | 68.0 | 64.0 | 4.0 | 4.0 | 4 |"
     (difference_,) = against_table(made, ONE_RATE).splitlines()[2:]
-    expected = "| copra | 0.01, 4 | 2, 3 | -2.0 [-2.0, -2.0] | 4.0 [4.0, 4.0] | -6.0 [-6.0, -6.0] |"
+    expected = "| copra | 0.01, 4 | 2, 3 | -2.0 [-2.0, -2.0] | 4.0 [4.0, 4.0] | -6.0 [-6.0, -6.0] | -6.0 [-6.0, -6.0] |"
     assert difference_ == expected
     by_task = tasks_table("fusion")(made, ONE_RATE).splitlines()[2:]
-    assert by_task == ["| sst2 | 70.0 | 4.0 [4.0, 4.0] |", "| agnews | 50.0 | 4.0 [4.0, 4.0] |"]
+    assert by_task[:2] == ["| sst2 | 70.0 | 4.0 [4.0, 4.0] |", "| agnews | 50.0 | 4.0 [4.0, 4.0] |"]
+    assert by_task[2:] == ["| **mean over tasks** | – | 4.0 [4.0, 4.0] |"]
 
 
 def test_a_seed_that_not_every_task_has_does_not_count_yet():

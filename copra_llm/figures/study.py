@@ -42,12 +42,13 @@ def outcomes(records: Iterable[Result]) -> dict[str, dict[str, dict[Key, float]]
 
     Outcomes are "single", "seconds" (of training) and "activation_prob" (mean over the logged steps); of each merge
     rule `<rule>`, `<rule> drop` (mean of the two ends minus the middle) and `<rule> barrier`; `pruned <what>`;
-    "top_third_share" and "gini" of Shapley values in loss; "from_initialisation" and "from_early". Accuracies in
-    percent, on test.
+    "top_third_share" and "gini" of Shapley values in loss; "from_initialisation" and "from_early"; of a group of tasks,
+    which counts as a task, `together <rule>`: the mean accuracy of their merged adapter. Accuracies in percent, on
+    test.
     """
     found: dict[str, dict[str, dict[Key, float]]] = defaultdict(lambda: defaultdict(dict))
     for r in records:
-        for task in tasks_of(r):
+        for task in ["+".join(tasks_of(r))] if r.protocol == "multitask" else tasks_of(r):
             key = tuple(r.config["seeds"]) if "seeds" in r.config else (r.config["seed"],)
             for name, value in _measured(r, task):
                 found[name][task][key] = value
@@ -91,5 +92,7 @@ def _measured(r: Result, task: str) -> Iterable[tuple[str, float]]:
     elif r.protocol == "shapley" and r.config["metric"] == "loss":
         for name in ("top_third_share", "gini"):
             yield name, metric(r, name)
+    elif r.protocol == "multitask":
+        yield f"together {r.config['merge_name']}", r.metrics["test/mean/accuracy/merged"]
     elif r.protocol == "distance":
         yield from r.metrics.items()

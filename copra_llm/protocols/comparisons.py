@@ -67,6 +67,8 @@ class Comparison:
     """Dev examples on which the layers' Shapley values are computed, in loss; 0: they are not."""
     distances: bool = False
     """Whether the length of Delta W, and its distance from the checkpoint at T/4, are recorded."""
+    groups: list[list[str]] = field(default_factory=list)
+    """Tasks whose adapters of one seed are merged with each other, by the rules of `points`."""
     reference: str = "lora"
     """The variant that the others are compared with."""
     screening: bool = False
@@ -83,6 +85,11 @@ class Comparison:
             check_line(method)
             line(points)
         self.smaller()
+        for group in self.groups:
+            if len(group) < 2 or not set(group) <= set(self.tasks):
+                raise InputError(f"the plan's groups have {shown(group)}, but must hold two or more of its tasks each")
+        if self.groups and self.tune == "per_task":
+            raise InputError("the plan's groups merge adapters of one setting; give tune: over_tasks or none")
         for name, own in self._named():
             if not isinstance(own, dict):
                 raise InputError(f"the plan's {name} is {shown(own)}, but must hold `setting: value` entries")

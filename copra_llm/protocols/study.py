@@ -4,12 +4,13 @@ For every entry of a plan (`comparisons.py`):
 
 1. the runs that decide about learning rate and steps;
 2. seed after seed, every cell at its settings: train, then all that can be measured with the seeds there are: the
-   lines to the seeds before, smaller variants, Shapley values, distances.
+   lines to the seeds before, smaller variants, Shapley values, distances; then the tasks' adapters in one.
 
 So wherever it is stopped, all tasks and cells have the same seeds, or all but one. Every run and measurement is a
 record, in the folders of `runs.py`, beside the run's own `<run>.json`:
 
     pruned-<run>.json, layer-loss-<run>.json, distance-<run>.json, <rule>-<settings>-seeds<i>-<j>.json
+    <task>+<task>/<variant>/<rule>-<run>.json        adapters of several tasks in one
 
 What has a record is not done again.
 """
@@ -28,6 +29,8 @@ from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.protocols.comparisons import Cell, Comparison, Selection, cells, chosen_runs, tuning_runs
 from copra_llm.protocols.jobs import Job, run_jobs
 from copra_llm.protocols.layer_values import record_file as values_file
+from copra_llm.protocols.multitask import merged_record
+from copra_llm.protocols.plans import merge_rules
 from copra_llm.protocols.pruning import EARLY
 from copra_llm.protocols.runs import Run, Store, check_record, portable
 from copra_llm.protocols.sweep import layer_values_of
@@ -87,6 +90,11 @@ def waves(store: Store, whole: Comparison, selection: Selection, data_root: str 
                     own = run.replace(seed=seed)
                     jobs.append(Job(f"{own.place}/{own.name}", measured, (store, whole, run, seed)))
         yield jobs
+        yield [
+            Job(f"{run.place}/{run.name}", merged_tasks, (store, whole, run))
+            for run in group_runs(store, whole, wanted, seed, data_root)
+            if set(run.config.data.tasks) <= set(tasks) and missing_of_group(store, whole, run)
+        ]
 
 
 def _tuning_jobs(store: Store, comparison: Comparison, wanted: list[Cell], data_root: str | None) -> list[Job]:
@@ -163,6 +171,34 @@ def measured(store: Store, comparison: Comparison, run: Run, seed: int) -> None:
         layer_values_of(store, run, [seed], comparison.shapley_samples)
     if distance_file(store, own) in missing:
         _measure_distance(store, own)
+
+
+def group_runs(store: Store, comparison: Comparison, wanted: list[Cell], seed: int, data_root: str | None) -> list[Run]:
+    """One a group of tasks and cell at its settings: its `tasks` are the group's, whose adapters of this seed merge."""
+    return [
+        run.replace(tasks=group, seed=seed)
+        for group, cell in itertools.product(comparison.groups, wanted)
+        for run in chosen_runs(comparison, cell, group[0], record_in(store), data_root)
+    ]
+
+
+def missing_of_group(store: Store, comparison: Comparison, run: Run) -> dict[str, Path]:
+    """The records that a group of tasks lacks, by merge rule."""
+    files = {rule: store.record_file(run, f"{rule}-{run.name}") for rule in comparison.points}
+    return {rule: file for rule, file in files.items() if not file.is_file()}
+
+
+def merged_tasks(store: Store, comparison: Comparison, run: Run) -> None:
+    """Merge the adapters of a group's tasks by every rule, and evaluate each on all of them."""
+    tasks = run.config.data.tasks
+    singles = {task: store.adapter(run.replace(tasks=[task])) for task in tasks}
+    evaluator = Remembering(run.config, tasks, "test")
+    alone = {task: evaluator(singles[task], task) for task in tasks}
+    missing = missing_of_group(store, comparison, run)
+    for rule in merge_rules(dict.fromkeys(missing)):
+        result = merged_record(run.config, rule, singles, alone, dict.fromkeys(tasks, evaluator), {})
+        write_result(missing[rule.name], portable(result, run.variant))
+        store.say(f"{missing[rule.name]}: mean accuracy {result.metrics['test/mean/accuracy/merged']:.1f}")
 
 
 class Remembering(AdapterEvaluator):

@@ -21,11 +21,11 @@ from copra_llm.portable import portable_name
 from copra_llm.protocols.comparisons import Comparison, Selection, cells, chosen_runs, tuning_runs
 from copra_llm.protocols.layer_values import record_file as values_file
 from copra_llm.protocols.runs import Run, Store
-from copra_llm.protocols.study import distance_file, pruned_file, record_in
+from copra_llm.protocols.study import distance_file, group_runs, missing_of_group, pruned_file, record_in
 from copra_llm.report.records import find_results
 from copra_llm.results import Result
 
-KINDS = ("train", "interpolation", "pruning", "shapley", "distance")
+KINDS = ("train", "interpolation", "pruning", "shapley", "distance", "multitask")
 """Protocols of the records that the study makes."""
 
 
@@ -115,6 +115,12 @@ def needed_of(
             for run in runs:
                 files = _files(store, comparison, run, seeds)
                 _need(needed, store, clock, counted, run, files)
+    wanted = [cell for cell in cells(comparison) if selection.has(cell)]
+    for seed in seeds:
+        for run in group_runs(store, comparison, wanted, seed, data_root):
+            files = [(file, "multitask", 1) for file in missing_of_group(store, comparison, run).values()]
+            if all(map(selection.wants, run.config.data.tasks)):
+                _need(needed, store, clock, counted, run, files)
     return needed
 
 
@@ -136,7 +142,7 @@ def _files(store: Store, comparison: Comparison, run: Run, seeds: Sequence[int])
 def _need(
     needed: Needed, store: Store, clock: Clock, counted: set[Path], run: Run, files: Iterable[tuple[Path, str, int]]
 ) -> None:
-    model, task = portable_name(run.config.model.model_name_or_path), run.config.data.tasks[0]
+    model, task = portable_name(run.config.model.model_name_or_path), "+".join(run.config.data.tasks)
     for file, protocol, parts in files:
         if file.is_file() or file in counted:
             continue

@@ -8,9 +8,10 @@ intervals are made is in `copra_llm.figures.study`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from copra_llm.estimates import Estimate, seed_estimate
 from copra_llm.figures.groups import model_of, steps_of, tasks_of
 from copra_llm.figures.study import OverTasks, against, outcomes, over_tasks
 from copra_llm.portable import portable_name
@@ -18,6 +19,7 @@ from copra_llm.protocols.comparisons import Cell, Comparison, cells, chosen_runs
 from copra_llm.protocols.runs import Run
 from copra_llm.report.tables import Value, markdown, table
 from copra_llm.results import Result
+from copra_llm.summaries.sweep import schedules_table
 
 Outcomes = dict[str, dict[str, dict]]
 """As `copra_llm.figures.study.outcomes` has them."""
@@ -26,8 +28,11 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "single": ("single", ".1f"),
     "fusion": ("fused", ".1f"),
     "fusion drop": ("drop when fused", ".1f"),
+    "fusion barrier": ("barrier", ".1f"),
     "mixture": ("mixture", ".1f"),
     "align": ("aligned, fused", ".1f"),
+    "together fusion": ("tasks in one, fused", ".1f"),
+    "together mixture": ("tasks in one, mixture", ".1f"),
     "pruned every-other": ("every other layer", ".1f"),
     "pruned low": ("low third", ".1f"),
     "pruned middle": ("middle third", ".1f"),
@@ -90,24 +95,38 @@ def against_table(results: Iterable[Result], comparison: Comparison) -> str:
 
 
 def tasks_table(outcome: str) -> Callable[[Iterable[Result], Comparison], str]:
-    """A table of one outcome, a row a task: the reference's mean, and each cell minus it with a 95 % interval."""
+    """A table of one outcome, a row a task: the reference's mean, and each cell minus it with a 95 % interval.
+
+    The last row is the mean over the tasks, and its interval is over them: would other tasks of this kind agree?
+    """
 
     def made(results: Iterable[Result], comparison: Comparison) -> str:
         rows = rows_of(results, comparison)
-        others = [(row, other) for row in rows if (other := reference_of(row, rows, comparison)) is not None]
         known = {id(row): row.outcomes.get(outcome, {}) for row in rows}
+        others = [(row, other) for row in rows if (other := reference_of(row, rows, comparison)) is not None]
+        heads = [(f"{row.cell.name} minus {other.cell.name}", ".1f") for row, other in others]
+        reference = next((known[id(row)] for row in rows if row.cell.variant == comparison.reference), {})
         lines = []
         for task in comparison.tasks:
-            first = next((row for row in rows if row.cell.variant == comparison.reference), None)
-            own = _of_task(known[id(first)], task) if first else {}
             differences = (against(_of_task(known[id(row)], task), known[id(other)]) for row, other in others)
-            cells_of_line = (_mean(over_tasks(own)), *map(_estimate, differences))
-            if any(value is not None for value in cells_of_line):
-                lines.append((task, *cells_of_line))
-        heads = [(f"{row.cell.name} minus {other.cell.name}", ".1f") for row, other in others]
+            line = _mean(over_tasks(_of_task(reference, task))), *map(_estimate, differences)
+            if any(value is not None for value in line):
+                lines.append((task, *line))
+        if len(lines) > 1:
+            columns = list(zip(*lines, strict=True))[2:]
+            lines.append(("**mean over tasks**", None, *map(_over_lines, columns)))
         return _shown([("task",), (comparison.reference, ".1f"), *heads], lines, comparison, heads=1)
 
     return made
+
+
+def stability_table(results: Iterable[Result], comparison: Comparison) -> str:
+    """Markdown, a row a task and cell: how far loss and gradient norm spread over seeds, beside what fusing costs.
+
+    Of the tasks that decide about settings, which stand for the others.
+    """
+    rows = rows_of(results, comparison)
+    return schedules_table(r for row in rows for r in row.records if set(tasks_of(r)) <= set(comparison.tuned_on))
 
 
 def rows_of(results: Iterable[Result], comparison: Comparison) -> list[Row]:
@@ -117,14 +136,14 @@ def rows_of(results: Iterable[Result], comparison: Comparison) -> list[Row]:
         known[_key(r)].append(r)
     rows: dict[tuple[str, str], Row] = {}
     for cell in cells(comparison):
-        for task in comparison.tasks:
-            for run in chosen_runs(comparison, cell, task, _trained(known)):
+        for tasks in (*([task] for task in comparison.tasks), *comparison.groups):
+            for run in chosen_runs(comparison, cell, tasks[0], _trained(known)):
                 train = run.config.train
                 shown = f"{train.learning_rate:g}, {train.max_steps}"
                 if comparison.tune == "per_task" and len(cell.candidates) > 1:
                     shown = "tuned for each task"
                 seeds = set(comparison.seeds)
-                found = [r for r in known[_key_of(run)] if set(_seeds(r)) <= seeds]
+                found = [r for r in known[_key_of(run, tasks)] if set(_seeds(r)) <= seeds]
                 if found:
                     rows.setdefault((cell.name, shown), Row(cell, shown)).records.extend(found)
     return list(rows.values())
@@ -155,11 +174,12 @@ def _key(r: Result) -> tuple:
     return model_of(r), tuple(tasks_of(r)), variant, r.config.get("learning_rate"), steps_of(r)
 
 
-def _key_of(run: Run) -> tuple:
+def _key_of(run: Run, tasks: Sequence[str] | None = None) -> tuple:
+    """The same of a run, or of its settings on other tasks."""
     c = run.config
     variant = run.variant or c.schedule.method
     model = portable_name(c.model.model_name_or_path)
-    return model, tuple(c.data.tasks), variant, c.train.learning_rate, c.train.max_steps
+    return model, tuple(tasks or c.data.tasks), variant, c.train.learning_rate, c.train.max_steps
 
 
 def _seeds(r: Result) -> list[int]:
@@ -176,6 +196,11 @@ def _mean(found: OverTasks | None) -> float | None:
 
 def _estimate(found: OverTasks | None) -> Value:
     return None if found is None else found.estimate
+
+
+def _over_lines(column: Sequence[Value]) -> Value:
+    """Mean over the tasks of a column, with an interval over them; None while a task lacks it."""
+    return seed_estimate([of.mean for of in column]) if all(isinstance(of, Estimate) for of in column) else None
 
 
 def _shown(columns: list[tuple], lines: list[tuple], comparison: Comparison, heads: int = 3) -> str:
