@@ -10,6 +10,7 @@ have it: so an unfinished study is compared on what is whole.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -44,14 +45,15 @@ def outcomes(records: Iterable[Result]) -> dict[str, dict[str, dict[Key, float]]
     rule `<rule>`, `<rule> drop` (mean of the two ends minus the middle) and `<rule> barrier`; `pruned <what>`;
     "top_third_share" and "gini" of Shapley values in loss; "from_initialisation" and "from_early"; of a group of tasks,
     which counts as a task, `together <rule>`: the mean accuracy of their merged adapter. Accuracies in percent, on
-    test.
+    test. What was not finite is left out.
     """
     found: dict[str, dict[str, dict[Key, float]]] = defaultdict(lambda: defaultdict(dict))
     for r in records:
         for task in ["+".join(tasks_of(r))] if r.protocol == "multitask" else tasks_of(r):
             key = tuple(r.config["seeds"]) if "seeds" in r.config else (r.config["seed"],)
             for name, value in _measured(r, task):
-                found[name][task][key] = value
+                if math.isfinite(value):
+                    found[name][task][key] = value
     return found
 
 

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from copra_llm.adapters import AdapterWeights
-from copra_llm.errors import InputError
 from copra_llm.evaluate import Evaluation
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.protocols.comparisons import Cell, Comparison, Selection, cells, chosen_runs, tuning_runs
@@ -235,19 +234,19 @@ def _prune(store: Store, comparison: Comparison, run: Run, evaluator: AdapterEva
 
 
 def _measure_distance(store: Store, run: Run) -> None:
-    """How long is Delta W, which starts at 0, and how far is it from the checkpoint at T/4, relative to its length?"""
+    """How long is Delta W, which starts at 0, and how far is it from the checkpoint at T/4, relative to its length?
+
+    Where it has not moved, as after steps that all diverged, there is nothing to be relative to.
+    """
     started, (task,) = time.time(), run.config.data.tasks
     final = store.adapter(run)
     step = step_at(EARLY, run.config.train.max_steps)
     (early,) = store.checkpoints(run.replace(checkpoint_at=[EARLY]), [step])
     length = float(inner_products([final])[0, 0]) ** 0.5
-    if length == 0.0:
-        raise InputError(f"{store.folder(run)}: the adapter has not moved, so its distances say nothing; give more "
-                         "steps or a higher --learning_rate")  # fmt: skip
     result = Result(
         protocol="distance",
         config=run.config.flat() | {"task": task},
-        metrics={"from_initialisation": length, "from_early": relative_distance(final, early)},
+        metrics={"from_initialisation": length} | ({"from_early": relative_distance(final, early)} if length else {}),
         seconds=time.time() - started,
         peak_memory_bytes=peak_memory_bytes(),
         environment=environment(base_model=final.base_model),
