@@ -86,6 +86,9 @@ COMMON = (ModelSettings, LoraSettings, ScheduleSettings, DataSettings, PartSetti
 """The groups of every run."""
 ALL = (*COMMON, InstructSettings, ImageSettings)
 """All groups, in the order of `RunConfig`."""
+DEFAULTS = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default
+            for group in ALL for f in dataclasses.fields(group)}  # fmt: skip
+"""Of every setting: what a record from before a setting was there had."""
 SHARED = "dataset_name"
 """The one setting that two groups have: of a run that has either of them."""
 

@@ -23,7 +23,7 @@ from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.estimates import bootstrap_mean
 from copra_llm.evaluator import AdapterEvaluator
-from copra_llm.merge import check_line, merge
+from copra_llm.merge import check_fit, check_line, check_options, merge
 from copra_llm.results import Result, pack_bits, peak_memory_bytes
 
 
@@ -109,9 +109,15 @@ def interpolate(
         progress: wraps the iterable of weights, e.g. `tqdm`.
     """
     check_line(method)
-    points = progress(list(map(float, alphas)))
-    merged = (merge([first, second], method, [a, 1 - a], **merge_options or {}) for a in points)
-    outcomes = [evaluator(weights, task) for weights in merged]
+    options = check_options(method, merge_options or {})
+    check_fit([first, second], method, options)
+
+    def at(alpha: float) -> AdapterWeights:
+        # A line ends in the adapters themselves, and whoever evaluates many lines knows them again.
+        ends = {1.0: first, 0.0: second}
+        return ends.get(alpha) or merge([first, second], method, [alpha, 1 - alpha], **options)
+
+    outcomes = [evaluator(at(alpha), task) for alpha in progress(list(map(float, alphas)))]
     return Curve(np.asarray(alphas), np.stack([o.correct for o in outcomes]), np.stack([o.nll for o in outcomes]))
 
 
@@ -125,6 +131,7 @@ def line_record(
     split: str = "test",
     merge_options: dict | None = None,
     settings: dict | None = None,
+    evaluator: AdapterEvaluator | None = None,
     progress: Callable = iter,
 ) -> Result:
     """The line between two adapters as a result record.
@@ -137,10 +144,11 @@ def line_record(
         points: of the line, both ends and the middle among them.
         merge_options: the rule's.
         settings: more entries for the record's config.
+        evaluator: of the run's model and this split; None: one for this line.
         progress: wraps the iterable of weights.
     """
     started = time.time()
-    evaluator = AdapterEvaluator(config, [task], split)
+    evaluator = evaluator or AdapterEvaluator(config, [task], split)
     rule = {"method": method, "merge_options": merge_options or {}}
     curve = interpolate(*ends, evaluator, task, alphas=line(points), progress=progress, **rule)
     own = {"label": config.schedule.method, "merge_method": method, "merge_options": merge_options or {}}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from copra_llm.protocols.comparisons import Comparison, read_study
 from copra_llm.report import connectivity_table, find_results, plot_curves, step_time_table
 from copra_llm.results import Result, write_atomic
 from copra_llm.summaries.backends import backends_table
@@ -34,6 +35,7 @@ from copra_llm.summaries.pruning import (
 )
 from copra_llm.summaries.shapley import shapley_details, shapley_table
 from copra_llm.summaries.speed import clip_table, coalitions_table, estimators_table, instruct_table, merging_table
+from copra_llm.summaries.study import against_table, means_table, stability_table, tasks_table
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
 from copra_llm.summaries.together import federated_table, multitask_details, multitask_table
 
@@ -92,6 +94,23 @@ def of_sweep(entry: str, table: Callable[[Sequence[Result]], str]) -> Callable[[
     return lambda records: table([r for r in records if planned(r)])
 
 
+def of_study(entry: str, table: Callable[..., str]) -> Callable[[Sequence[Result]], str]:
+    """A table of one entry of eval/study's plan; all entries' records lie together."""
+
+    def made(records: Sequence[Result]) -> str:
+        return table(records, study_plan()[entry])
+
+    return made
+
+
+@functools.cache
+def study_plan() -> dict[str, Comparison]:
+    """All entries of eval/study's plan."""
+    return read_study(EVAL / "study" / "plan.yaml")
+
+
+STUDIED = ("screening", "headline", "smollm2", "clip", "factors", "granularity", "steps", "equal_cost", "evenness")
+"""Entries of eval/study's plan, in the order of its page."""
 TABLES = {
     "demo": (connectivity_table, "demo"),
     "interpolation": (tuned_table, "interpolation"),
@@ -144,6 +163,18 @@ PAGES = {
         "clip_along": (along_table, f"{CLIP}/sweeps"),
         "clip_similarity": (similarity_table, f"{CLIP}/sweeps"),
         "clip_layerwise": (layerwise_table, f"{CLIP}/sweeps"),
+    },
+    EVAL / "study" / "README.md": {
+        **{name: (of_study(name, means_table), "study") for name in STUDIED},
+        **{f"{name}_against": (of_study(name, against_table), "study") for name in STUDIED},
+        "headline_fused": (of_study("headline", tasks_table("fusion")), "study"),
+        "headline_single": (of_study("headline", tasks_table("single")), "study"),
+        "stability": (of_study("headline", stability_table), "study"),
+        "unequal": (federated_table, "study/results-clients"),
+        "federated": (federated_table, "federated"),
+        "multitask": (multitask_table, "multitask"),
+        "along": (along_table, "sweep"),
+        "similarity": (similarity_table, "landscape"),
     },
     EVAL / "plan" / "README.md": {"plan": (plan_table, "plan")},
     EVAL / "shapley" / "README.md": {"shapley_details": (shapley_details, "shapley")},

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from copra_llm.config import ALL
+from copra_llm.config import DEFAULTS
 from copra_llm.errors import InputError
 from copra_llm.estimates import Estimate, seed_estimate
 from copra_llm.results import Result
@@ -30,9 +30,6 @@ REPETITION = {
     "label", "variant", "tasks", "task", "method", "model_name_or_path", "learning_rate", "max_steps",
 }  # fmt: skip
 """Settings that do not keep two records apart."""
-
-_DEFAULTS = {f.name: f.default_factory() if f.default is MISSING else f.default for group in ALL for f in fields(group)}
-"""What a record from before a setting was there had."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +221,7 @@ def _sortable(value: Any) -> tuple:
 
 def _rest(r: Result, keys: Sequence[str]) -> tuple:
     """What else can change the outcome: settings that are set; a record from before a setting had its default."""
-    config = _DEFAULTS | r.config
+    config = DEFAULTS | r.config
     left = {k: v for k, v in config.items() if v is not None and k not in REPETITION and k not in keys}
     left["joint"] = " + ".join(r.config.get("tasks", [])) if r.config.get("joint") else None
     return tuple(sorted((k, str(v)) for k, v in left.items() if v is not None and v != [] and v != {}))

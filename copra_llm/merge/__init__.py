@@ -103,11 +103,7 @@ def merge(
         if weights == [1.0] and scale == 1.0 and all(rank is None or f.r <= rank for f in adapters[0].factors.values()):
             return adapters[0]
         method, options = "task-arithmetic", {"rank": rank}
-    alike = method in ALIKE and options.get("pad") is None
-    for adapter in adapters:
-        check_alone(adapter)
-    for first, other in itertools.combinations(adapters, 2):
-        check_pair(first, other, method if alike else None)
+    check_fit(adapters, method, options)
     factors = {}
     for name in progress(list(dict.fromkeys(name for a in adapters for name in a.factors))):
         pairs = [(a.factors[name], w) for a, w in zip(adapters, weights, strict=True) if name in a.factors]
@@ -120,6 +116,19 @@ def merge(
     merged = adapters[0].with_factors(factors, source="+".join(a.source for a in adapters))
     heads = {task: head for a in reversed(adapters) for task, head in a.heads.items()}
     return AdapterWeights(merged.factors, merged.config, merged.extras, heads, _head_labels(adapters), merged.source)
+
+
+def check_fit(adapters: Sequence[AdapterWeights], method: str, options: dict[str, Any]) -> None:
+    """Refuse adapters that a method cannot merge with each other, without merging them.
+
+    Raises:
+        InputError: for other bases, other shapes, ranks or targets (`ALIKE`), heads or extra tensors.
+    """
+    alike = method in ALIKE and options.get("pad") is None
+    for adapter in adapters:
+        check_alone(adapter)
+    for first, other in itertools.combinations(adapters, 2):
+        check_pair(first, other, method if alike else None)
 
 
 def options_of(method: str) -> list[str]:

@@ -23,13 +23,16 @@ say = functools.partial(print, flush=True)
 """Reports progress also where the output is a file; picklable, so that workers report too."""
 
 
-def protocol_parser(description: str, here: Path, entries: str = "models") -> argparse.ArgumentParser:
+def protocol_parser(
+    description: str, here: Path, entries: str = "models", methods: str = "methods"
+) -> argparse.ArgumentParser:
     """The flags that all protocols have.
 
     Args:
         description: the script's docstring.
         here: the protocol's folder, with `plan.yaml` and `results/`.
         entries: what the entries of its plan are; `--<entries>` chooses among them.
+        methods: what is compared in them; `--<methods>` chooses among those.
     """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
@@ -37,7 +40,7 @@ def protocol_parser(description: str, here: Path, entries: str = "models") -> ar
     parser.add_argument("--results", type=Path, default=here / "results", help="where the records go")
     parser.add_argument(f"--{entries}", dest="entries", nargs="+", help="entries of the plan; default: all")
     parser.add_argument("--tasks", nargs="+", help="of the plan's; default: all")
-    parser.add_argument("--methods", nargs="+", help="of the plan's; default: all")
+    parser.add_argument(f"--{methods}", dest="methods", nargs="+", help="of the plan's; default: all")
     parser.add_argument("--data_root", help="of MTL15; unset: $COPRA_DATA")
     parser.add_argument("--workers", type=int, help="processes side by side; default: one a GPU, or one a core")
     return parser

@@ -18,12 +18,18 @@ from pathlib import Path
 
 from copra_llm.adapter_files import RESULT
 from copra_llm.adapters import AdapterWeights, load_adapter_weights
-from copra_llm.config import RunConfig
+from copra_llm.config import DEFAULTS, RunConfig
+from copra_llm.errors import InputError
+from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.interpolate import line_record
 from copra_llm.portable import portable_name
 from copra_llm.results import Result, read_result, write_result
 from copra_llm.saved_runs import ADAPTER, checkpoint_folder
+from copra_llm.settings import WITHOUT_EFFECT
 from copra_llm.train import train_adapter
+
+_FREE = WITHOUT_EFFECT - {"max_eval_samples"} | {"checkpoint_at", "max_nonfinite_steps", "seed", "model_name_or_path"}
+"""Settings on which a record does not depend, and two that the names of its files say."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Store:
     work: Path
     say: Callable[[str], None] = print
     """Reports progress, a line a record."""
+    others: tuple[Path, ...] = ()
+    """Folders of records like `results`, only read: what one of them has at the same settings is copied, not run."""
 
     def folder(self, run: Run) -> Path:
         """The run's adapter and checkpoints."""
@@ -69,13 +77,27 @@ class Store:
 
     def train(self, run: Run, adapter_wanted: bool = False) -> Result:
         """A run's record, from disk if it is there (with its adapter beside the work, where that is wanted)."""
-        record = self.results / run.place / f"{run.name}.json"
+        record = self.record_file(run)
+        self.borrow(record, run)
         if not record.is_file() or (adapter_wanted and not (self.folder(run) / ADAPTER).is_dir()):
             result = self._train(run)
             write_result(record, portable(result, run.variant))
             task = run.config.data.tasks[0]
             self.say(f"{record}: dev {result.metrics[f'dev/{task}/accuracy']:.1f} in {result.seconds:.0f} s")
         return read_result(record)
+
+    def record_file(self, run: Run, name: str | None = None) -> Path:
+        """The run's own record, or another one of its kind."""
+        return self.results / run.place / f"{name or run.name}.json"
+
+    def borrow(self, record: Path, run: Run) -> None:
+        """Copy a missing record from another folder, if one has it at the settings of `run`."""
+        for folder in self.others if not record.is_file() else ():
+            other = folder / record.relative_to(self.results)
+            if other.is_file() and difference(result := read_result(other), run) is None:
+                write_result(record, result)
+                self.say(f"{record}: taken from {folder}")
+                return
 
     def adapter(self, run: Run) -> AdapterWeights:
         """A run's adapter; trained, without a record among the results, if it is not there."""
@@ -114,27 +136,70 @@ class Store:
             seeds: of the runs.
             points: of the curve, by merge method.
         """
-        task = run.config.data.tasks[0]
-        missing = {}
+        missing = []
         for pair, method in itertools.product(itertools.combinations(seeds, 2), points):
-            name = f"{method}-{run.settings_name}-seeds{pair[0]}-{pair[1]}.json"
-            record = self.results / run.place / name
+            record = self.line_file(run, pair, method)
+            self.borrow(record, run)
             if not record.is_file():
-                missing[pair, method] = record
+                missing.append((pair, method))
         for seed in seeds:
             self.train(run.replace(seed=seed), any(seed in pair for pair, _ in missing))
-        for (pair, method), record in missing.items():
-            label = {} if run.variant is None else {"label": run.variant}
-            curve = line_record(
-                [self.adapter(run.replace(seed=seed)) for seed in pair],
-                run.config,
-                task,
-                method=method,
-                points=points[method],
-                settings={"seeds": list(pair)} | label,
-            )
-            write_result(record, portable(curve, run.variant))
-            self.say(f"{record}: drop in the middle {curve.metrics[f'test/{task}/middle_drop']:.1f}")
+        for pair, method in missing:
+            self.line(run, pair, method, points[method])
+
+    def line_file(self, run: Run, pair: Sequence[int], method: str) -> Path:
+        """Where the line between two seeds of a run is kept."""
+        return self.record_file(run, f"{method}-{run.settings_name}-seeds{pair[0]}-{pair[1]}")
+
+    def line(
+        self, run: Run, pair: Sequence[int], method: str, points: int, evaluator: AdapterEvaluator | None = None
+    ) -> None:
+        """Evaluate two seeds of a run along the line, and write its record.
+
+        Args:
+            run: its own seed does not count.
+            pair: the two seeds; the first one's adapter has weight alpha.
+            method: one of `copra_llm.merge.LINES`.
+            points: of the curve.
+            evaluator: of the run's model and test split; None: one for this line.
+        """
+        (task,) = run.config.data.tasks
+        label = {} if run.variant is None else {"label": run.variant}
+        curve = line_record(
+            [self.adapter(run.replace(seed=seed)) for seed in pair],
+            run.config,
+            task,
+            method=method,
+            points=points,
+            settings={"seeds": list(pair)} | label,
+            evaluator=evaluator,
+        )
+        record = self.line_file(run, pair, method)
+        write_result(record, portable(curve, run.variant))
+        self.say(f"{record}: drop in the middle {curve.metrics[f'test/{task}/middle_drop']:.1f}")
+
+
+def difference(result: Result, run: Run) -> str | None:
+    """In which setting that matters a record is not of this run (nor of another seed of it); None: in none."""
+    names = [
+        portable_name(str(name)) for name in (result.config["model_name_or_path"], run.config.model.model_name_or_path)
+    ]
+    if names[0] != names[1]:
+        return "model_name_or_path"
+    recorded = DEFAULTS | result.config
+    return next((k for k, value in run.config.flat().items() if k not in _FREE and recorded.get(k) != value), None)
+
+
+def check_record(record: Path, result: Result, run: Run) -> None:
+    """Refuse a record of the same name that is of other settings.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    setting = difference(result, run)
+    if setting is not None:
+        raise InputError(f"{record} was made with another {setting} than the plan has; rename the plan's variant, or "
+                         "give other --results")  # fmt: skip
 
 
 def portable(result: Result, variant: str | None = None) -> Result:

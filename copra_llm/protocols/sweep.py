@@ -111,21 +111,21 @@ def _cell(store: Store, sweep: Sweep, run: Run) -> None:
         along_runs(store, run, sweep.seeds, sweep.fractions, list(sweep.points))
     store.lines(run, sweep.seeds, sweep.points)
     if sweep.shapley_samples:
-        _layer_values(store, sweep, run)
+        layer_values_of(store, run, sweep.seeds, sweep.shapley_samples)
 
 
-def _layer_values(store: Store, sweep: Sweep, run: Run) -> None:
-    """Shapley values of every seed's layers in loss; exact where their number allows it."""
+def layer_values_of(store: Store, run: Run, seeds: list[int], samples: int) -> None:
+    """Shapley values of every seed's layers in loss, on some dev examples; exact where their number allows it."""
     config, results = run.config, store.results / run.place
-    runs = [run.replace(seed=seed) for seed in sweep.seeds]
+    runs = [run.replace(seed=seed) for seed in seeds]
     missing = [r for r in runs if not record_file(results, r.name, "loss").is_file()]
     if not missing:
         return
     for r in missing:
         store.train(r, adapter_wanted=True)
     plan = Plan(
-        tasks=config.data.tasks, methods=[config.schedule.method], seeds=sweep.seeds, metrics=["loss"],
-        budget=DEFAULT_BUDGET, max_eval_samples=sweep.shapley_samples,
+        tasks=config.data.tasks, methods=[config.schedule.method], seeds=seeds, metrics=["loss"],
+        budget=DEFAULT_BUDGET, max_eval_samples=samples,
         per_device_eval_batch_size=config.train.per_device_eval_batch_size,
     )  # fmt: skip
     adapters_records(
