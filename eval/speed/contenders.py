@@ -144,7 +144,7 @@ def _removed(handle) -> Iterator[None]:
 
 
 def peft(w, device, split, steps, seed, watch) -> float:
-    settings, model = w.config.train, w.bench_model(twin(w.peft)).train()
+    settings, model = w.config.train, w.bench_model(twin(w.peft)).to(device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0, fused=True)
     losses = []

@@ -11,7 +11,7 @@ among them. Needs trl for its SFTTrainer.
 
 import argparse
 import json
-import math
+import os
 import sys
 import tempfile
 import time
@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from random_clip import ABOUT
 
 from copra_llm.errors import InputError, exit_on_input_error
 from copra_llm.figures.steps import PROTOCOL, step_metrics
@@ -30,14 +31,9 @@ from copra_llm.summaries.speed import goals_table, step_counts_table
 
 HERE = Path(__file__).parent
 MODELS = ("smollm2", "minilm", "clip")
-PRECISIONS = {"float32": 1e-4, "bfloat16": 2e-2}
-"""How far first losses may be apart, relatively: sums in another order, and 8 bits of a number."""
+PRECISIONS = ("float32", "bfloat16")
 STEPS = {"cpu": {"smollm2": 4, "minilm": 12, "clip": 12}, "cuda": dict.fromkeys(MODELS, 24)}
 """Steps of CopRA's schedule in a round: one of SmolLM2 takes seconds on a core."""
-COUNTED = 8
-"""Steps of the schedule over which operations and bytes are counted."""
-WHOLE = ("trainer", "copra")
-"""Who trains on texts of their own lengths."""
 
 
 # --- workers ----------------------------------------------------------------------------------------------
@@ -59,52 +55,6 @@ def workload(args: argparse.Namespace, folder: Path):
     return made
 
 
-def timed(w, device: str, rounds: int, steps: int, tolerance: float) -> dict:
-    """First losses, counts, and seconds of each contender in every round."""
-    from contenders import CONTENDERS, SCHEDULED, contenders_of
-    from watches import Clock, Counter
-    from workloads import NATURAL_STEPS, without_dropout
-
-    names = contenders_of(w)
-    took = {name: steps if name in SCHEDULED else max(1, steps // 4) for name in names}
-
-    def seconds_of(name: str, split, n: int, seed: int) -> tuple[dict, float]:
-        clock = Clock(n, device)
-        loss = CONTENDERS[name](w, device, split, n, seed, clock)
-        return clock.seconds, loss
-
-    with without_dropout(w):
-        warm = {name: seconds_of(name, w.full, 1, 0) for name in names}
-    losses = {name: loss for name, (_, loss) in warm.items()}
-    if not all(math.isclose(loss, losses["base"], rel_tol=tolerance) for loss in losses.values()):
-        raise AssertionError(f"the contenders do not train the same: {losses}")
-    whole_units = NATURAL_STEPS * len(WHOLE) if w.natural else 0
-    one = {name: found["wall"] for name, (found, _) in warm.items()}
-    expected = rounds * (sum(took[name] * one[name] for name in names) + whole_units * one["copra"])
-    expected += COUNTED * sum(one[name] for name in SCHEDULED)
-    print(f"about {expected / 60:.1f} minutes", flush=True)
-
-    counts, seconds, whole = {}, {name: [] for name in names}, {name: [] for name in WHOLE if w.natural}
-    for name in names:
-        n = COUNTED if name in SCHEDULED else 1
-        with Counter([w.peft, w.bare]) as counter:
-            CONTENDERS[name](w, device, w.full, n, 0, counter)
-        counts[name] = vars(counter.mean())
-    for round_ in range(rounds):
-        for name in names:
-            found, _ = seconds_of(name, w.full, took[name], round_)
-            seconds[name].append({clock: value / took[name] for clock, value in found.items()})
-        for name in whole:
-            whole[name].append(seconds_of(name, w.natural, NATURAL_STEPS, round_)[0])
-    return {"contenders": names, "first_loss": losses, "counts": counts,
-            "seconds": by_clock(seconds), "whole": by_clock(whole)}  # fmt: skip
-
-
-def by_clock(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
-    """`{contender: {clock: seconds in each round}}`."""
-    return {name: {clock: [r[clock] for r in found] for clock in found[0]} for name, found in rounds.items()}
-
-
 def remembered(w, device: str, name: str) -> int:
     """Peak memory in bytes of one contender, which has this process to itself."""
     from contenders import CONTENDERS, SCHEDULED
@@ -118,11 +68,13 @@ def remembered(w, device: str, name: str) -> int:
 
 def work(args: argparse.Namespace) -> None:
     """What a worker answers, as its last line."""
+    from rounds import timed
+
     with tempfile.TemporaryDirectory() as folder:
         w = workload(args, Path(folder))
         if args.worker == "times":
-            answer = timed(w, args.device, args.rounds, args.steps, PRECISIONS[args.precision])
-            answer["base"] = w.base.about() | ({"base_model": "random CLIP"} if args.model == "clip" else {})
+            answer = timed(w, args.device, args.rounds, args.steps, lambda line: print(line, flush=True))
+            answer["base"] = w.base.about() | ({"base_model": ABOUT} if args.model == "clip" else {})
         else:
             answer = remembered(w, args.device, args.worker)
     print(json.dumps(answer))
@@ -139,16 +91,17 @@ def measure(args: argparse.Namespace, model: str, precision: str, device: str) -
     script = Path(__file__).resolve()
     found = alone(script, ["--worker", "times", *own], args.threads, say=lambda line: print(line, flush=True))
     peaks = {name: alone(script, ["--worker", name, *own], args.threads, give_back=True)
-             for name in found["contenders"] if name != "truncated"}  # fmt: skip
+             for name in found["seconds"] if name != "truncated"}  # fmt: skip
     metrics = step_metrics(found["seconds"], found["whole"], "gpu" if device == "cuda" else "cpu")
     for name, counts in found["counts"].items():
         metrics |= {f"{key}/{name}": value for key, value in counts.items()}
     metrics["ratio/saved/copra/peft"] = metrics["saved_bytes/copra"] / metrics["saved_bytes/peft"]
     metrics |= {f"peak_bytes/{name}": float(peak) for name, peak in peaks.items()}
     about = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "processor": processor(),
-             "threads": args.threads, "trl": version("trl"), **found["base"]}  # fmt: skip
-    config = {"model": model, "precision": precision, "device": device, "rounds": args.rounds, "steps": steps,
-              "counted_steps": COUNTED}  # fmt: skip
+             "threads": args.threads, **found["base"]}  # fmt: skip
+    if "sft" in peaks:
+        about["trl"] = version("trl")
+    config = {"model": model, "precision": precision, "device": device, "rounds": args.rounds, "steps": steps}
     data = {key: found[key] for key in ("seconds", "whole", "first_loss")}
     return Result(PROTOCOL, config, metrics, time.time() - started, max(peaks.values()), steps, data=data,
                   environment=environment(**about))  # fmt: skip
@@ -175,7 +128,7 @@ def devices(wanted: str) -> list[str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="of CopRA's schedule in a round; by default as the model is large")
@@ -196,8 +149,10 @@ def main() -> None:
     args = arguments()
     if args.worker:
         return work(args)
-    if find_spec("trl") is None:
+    if "smollm2" in args.models and find_spec("trl") is None:
         raise InputError("trl is not installed, whose SFTTrainer takes part; pip install 'copra_llm[trl]'")
+    # Of several GPUs Trainer would take all.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     for model in args.models:
         for precision in args.precisions:
             for device in devices(args.device):

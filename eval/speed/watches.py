@@ -44,20 +44,23 @@ class Clock:
 
     def begin(self) -> None:
         if self._began is None:
-            self._began = self._now(0)
+            if self.cuda:
+                torch.cuda.synchronize()
+                self._events[0].record()
+            self._began = _now()
 
     def step(self) -> None:
         self.left -= 1
         if self.left == 0:
-            self.seconds = {key: end - self._began[key] for key, end in self._now(1).items()}
             if self.cuda:
+                self._events[1].record()
+                torch.cuda.synchronize()
                 self.seconds["gpu"] = self._events[0].elapsed_time(self._events[1]) / 1000.0
+            self.seconds |= {key: end - self._began[key] for key, end in _now().items()}
 
-    def _now(self, event: int) -> dict[str, float]:
-        if self.cuda:
-            self._events[event].record()
-            torch.cuda.synchronize()
-        return {"cpu": time.process_time(), "wall": time.perf_counter()}
+
+def _now() -> dict[str, float]:
+    return {"cpu": time.process_time(), "wall": time.perf_counter()}
 
 
 @dataclass
@@ -117,7 +120,7 @@ class Counter(TorchDispatchMode):
 
     def _save(self, t: Tensor) -> Tensor:
         # Whole numbers are the batch's. The tensor is held, or its address would be used again.
-        parameter = _key(t) in self._frozen or isinstance(t, nn.Parameter)
+        parameter = _key(t) in self._frozen or isinstance(t if t._base is None else t._base, nn.Parameter)
         if not parameter and (t.is_floating_point() or t.dtype == torch.bool):
             self._saved.setdefault(_key(t), (t.untyped_storage().nbytes(), t))
         return t
