@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from copra_llm.errors import InputError
@@ -30,7 +28,7 @@ def script(tmp_path, monkeypatch):
     return file
 
 
-def test_the_last_line_is_the_answer_and_the_others_are_passed_on(script):
+def test_a_line_of_json_is_the_answer_and_the_others_are_passed_on(script):
     """However much the worker complains about besides: more than a pipe holds."""
     heard = []
     answer = alone(script, ["a", "b c"], threads=3, say=heard.append)
@@ -46,7 +44,15 @@ def test_a_worker_that_fails_says_why(script):
         alone(script, ["fail"])
 
 
-def test_an_answer_is_json(script):
-    """A worker that ends without one is a mistake in the script, not in its input."""
-    with pytest.raises(json.JSONDecodeError):
+def test_a_worker_without_an_answer_has_failed(script):
+    with pytest.raises(InputError, match="silent stopped with: the reason$"):
         alone(script, ["silent"])
+
+
+def test_what_is_said_comes_at_once(script):
+    """Not when the worker has ended: it waits for what is done on hearing it."""
+    sign = script.with_name("sign")
+    waiting = "import pathlib, time\nprint('ready', flush=True)\n"
+    waiting += f"while not pathlib.Path({str(sign)!r}).exists():\n    time.sleep(0.01)\nprint(1)\n"
+    script.write_text(waiting, encoding="utf-8")
+    assert alone(script, [], say=lambda line: sign.touch()) == 1

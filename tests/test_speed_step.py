@@ -96,11 +96,11 @@ def test_a_few_steps_stand_for_a_long_run(language):
 
 def test_below_the_lowest_active_block_nothing_is_kept(language):
     """No graph and no gradient below; the loss is the same."""
-    blocks = language.bare.model.get_base_model().model.layers
+    blocks = language.frozen.model.layers
     seen = {}
     handles = [block.register_forward_hook(lambda m, a, out, i=i: seen.update({i: out.requires_grad}))
                for i, block in enumerate(blocks)]  # fmt: skip
-    batch = next(iter(contenders._batches(language, language.bare, language.full, 1, Clock(1))))
+    batch = language.bare.collate(language.task, language.full.encoded[:ROWS], [0] * ROWS)
     with contenders.entering(contenders.lowest_blocks(language, np.array([False, False, True, False]))):
         cut = language.bare(batch)
     cut.backward()
@@ -115,7 +115,7 @@ def test_towers_are_cut_each_for_itself(dual):
     players = contenders.LayerGates(dual.peft).keys
     text = [key for key in players if key.startswith("text")]
     mask = np.array([key in (text[3], text[5]) for key in players])
-    whole = dual.bare.model
+    whole = dual.frozen
     assert contenders.lowest_blocks(dual, mask) == [whole.get_submodule(text[3])]
     both = contenders.lowest_blocks(dual, np.ones(len(players), bool))
     assert both == [whole.text_model.encoder.layers[0], whole.vision_model.encoder.layers[0]]
@@ -155,13 +155,12 @@ def test_counts_of_a_trained_layer():
 
 @pytest.mark.parametrize("kind", ["language", "encoder", "dual"])
 def test_products_within_fused_layers_are_counted(kind, request):
-    """In one node or in PEFT's, the operations are the same; kept is no more, and less where there is dropout."""
+    """In one node or in PEFT's, the operations are the same; less is kept where there is dropout."""
     w = request.getfixturevalue(kind)
     ours, theirs = (rounds.counted(w, "cpu", name) for name in ("lora", "peft"))
     assert ours["flops"] == theirs["flops"] > 0
-    assert ours["saved_bytes"] <= theirs["saved_bytes"] and (
-        kind != "dual" or ours["saved_bytes"] < theirs["saved_bytes"]
-    )
+    less = theirs["saved_bytes"] - ours["saved_bytes"]
+    assert less > 0 if kind == "dual" else less == 0
 
 
 def test_leaving_layers_out_is_counted(language):
@@ -222,7 +221,7 @@ def test_goals():
 
 def test_what_is_measured_is_what_the_tables_need(language, tmp_path):
     """From rounds to record and back: every contender has its row, every goal its ratio."""
-    found = rounds.timed(language, "cpu", 2, 4, lambda line: None)
+    found = rounds.timed(language, "cpu", 1, 4, lambda line: None)
     metrics = step_metrics(found["seconds"], found["whole"], "cpu")
     for name, counts in found["counts"].items():
         metrics |= {f"{key}/{name}": value for key, value in counts.items()}
@@ -231,7 +230,7 @@ def test_what_is_measured_is_what_the_tables_need(language, tmp_path):
     record = read_result(tmp_path / "r.json")
     assert all(ratio_of(record, goal.ratio) for goal in GOALS if goal.ratio != "saved/copra/peft")
     assert len(step_counts_table([record]).splitlines()) == 2 + len(contenders.CONTENDERS)
-    assert all(len(values) == 2 for clocks in found["seconds"].values() for values in clocks.values())
+    assert all(len(values) == 1 for clocks in found["seconds"].values() for values in clocks.values())
 
 
 def test_what_has_a_record_is_not_measured_again(tmp_path, monkeypatch, capsys):

@@ -25,8 +25,8 @@ CONTENDERS = {
     "copra": "this loop, CopRA",
 }
 """What each is called in tables."""
-PAIRS = ("copra/truncated", "copra/peft", "truncated/peft", "lora/peft", "copra/trainer")
-"""Ratios of a step's seconds, beside those of each contender to the base."""
+PAIRS = ("copra/truncated", "copra/peft", "truncated/peft")
+"""Ratios of a step's seconds that goals are about, beside those of each contender to the base."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Goal:
     ratio: str
     """Its name in the record's metrics, after "ratio/"."""
     limit: float
+    """What it should be at most."""
     floor: str | None = None
     """The ratio that no adapter could go below, if there is one."""
 
@@ -104,7 +105,8 @@ def device_of(r: Result) -> str:
 
 
 def verdict(ratio: Estimate, limit: float) -> str:
-    """ "met", or "not met"; the other way round in some rounds is said."""
-    met = ratio.mean <= limit
+    """Whether the median is within the limit, and whether some rounds say otherwise."""
     mixed = ratio.has_interval and ratio.low <= limit < ratio.high
-    return ("met" if met else "not met") + (", not in all rounds" if mixed and met else ", but in some rounds") * mixed
+    if ratio.mean <= limit:
+        return "met, not in all rounds" if mixed else "met"
+    return "not met, but in some rounds" if mixed else "not met"

@@ -81,11 +81,11 @@ def step_counts_table(results: Iterable[Result]) -> str:
             rows.append(
                 (r.config["model"], r.config["precision"], device_of(r), CONTENDERS[name],
                  1000 * m[f"seconds_per_step/{name}"], ratio_of(r, f"{name}/base"), *relative,
-                 m[f"saved_bytes/{name}"] / 1e6, None if peak is None else f"{peak / 1e9:.2f} GB")
+                 m[f"saved_bytes/{name}"] / 1e6, None if peak is None else peak / 1e9)
             )  # fmt: skip
     columns = [("model",), ("precision",), ("on",), ("contender",), ("a step [ms]", ".0f"), ("× base", ".2f"),
                ("operations × base", ".3f"), ("bytes moved at least × base", ".2f"), ("saved for backward [MB]", ".0f"),
-               ("peak memory",)]  # fmt: skip
+               ("peak memory [GB]", ".2f")]  # fmt: skip
     return markdown_table(columns, rows)
 
 

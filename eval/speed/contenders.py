@@ -114,8 +114,7 @@ def lowest_blocks(w: Workload, mask: np.ndarray) -> list[nn.Module]:
     for key, active in zip(LayerGates(w.peft).keys, mask, strict=True):
         if active:
             lowest.setdefault(key.rsplit(".", 1)[0], key)
-    whole = w.bare.model.get_base_model() if hasattr(w.bare.model, "get_base_model") else w.bare.model
-    return [whole.get_submodule(key) for key in lowest.values()]
+    return [w.frozen.get_submodule(key) for key in lowest.values()]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One contender after the other, again and again: first losses, counts, seconds.
+"""One contender after the other, again and again: first losses, counts, seconds; and of each alone its memory.
 
 A first round, of a step each, does not count: it warms up, and shows that all train the same. Then operations and
 bytes are counted, and then the rounds are timed. What one contender took is divided by what another took in the same
@@ -6,11 +6,14 @@ round, so that what the machine does besides weighs on both.
 """
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 from contenders import CONTENDERS, SCHEDULED, contenders_of
 from watches import Clock, Counter
 from workloads import NATURAL_STEPS, Workload, without_dropout
+
+from copra_llm.results import peak_memory_bytes
 
 COUNTED = 8
 """Steps of the schedule over which operations and bytes are counted."""
@@ -21,26 +24,27 @@ APART = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def timed(w: Workload, device: str, rounds: int, steps: int, say: Callable[[str], None]) -> dict:
-    """Everything that one process measures.
+    """Everything but memory, which each contender is asked for in a process of its own.
 
     Args:
         w: model and data, on the device.
         device: "cpu" or "cuda".
         rounds: that count.
         steps: of CopRA's schedule in a round; the others, whose steps are all alike, take a quarter of them.
-        say: is told how long it will take.
+        say: is told how long all of it will take, memory included.
 
     Returns:
         `first_loss` and `counts` by contender, and `seconds` (of a step) and `whole` (of a run):
         `{contender: {clock: [of each round]}}`.
     """
-    names = contenders_of(w)
+    names, loading = contenders_of(w), time.process_time()
     took = {name: steps if name in SCHEDULED else max(1, steps // 4) for name in names}
     natural = list(WHOLE) if w.natural is not None else []
     losses, one = warmed_up(w, device, names)
     a_round = sum(took[name] * one[name] for name in names) + NATURAL_STEPS * sum(one[name] for name in natural)
     counting = sum(one[name] * (COUNTED if name in SCHEDULED else 1) for name in names)
-    say(f"about {(rounds * a_round + counting) / 60:.1f} minutes, then memory")
+    memory = sum(loading + memory_steps(name) * one[name] for name in remembered(names))
+    say(f"about {(rounds * a_round + counting + memory) / 60:.1f} minutes")
     counts = {name: counted(w, device, name) for name in names}
     seconds, whole = {name: [] for name in names}, {name: [] for name in natural}
     for seed in range(rounds):
@@ -50,6 +54,24 @@ def timed(w: Workload, device: str, rounds: int, steps: int, say: Callable[[str]
         for name in natural:
             whole[name].append(seconds_of(w, device, name, NATURAL_STEPS, seed, whole=True))
     return {"first_loss": losses, "counts": counts, "seconds": _by_clock(seconds), "whole": _by_clock(whole)}
+
+
+def remembered(names: Iterable[str]) -> list[str]:
+    """Whose memory is measured: the truncated base's peak is that of the base, where all layers are active."""
+    return [name for name in names if name != "truncated"]
+
+
+def memory_steps(name: str) -> int:
+    """Of a run whose peak memory is measured: the second step has the optimizer's moments, and of a schedule that is
+    sampled at four places the last one has all layers active."""
+    return 4 if name in SCHEDULED else 2
+
+
+def peak_bytes(w: Workload, device: str, name: str) -> int:
+    """Peak memory of a contender that has this process to itself."""
+    steps = memory_steps(name)
+    CONTENDERS[name](w, device, w.full, steps, 0, Clock(steps, device))
+    return peak_memory_bytes()
 
 
 def warmed_up(w: Workload, device: str, names: list[str]) -> tuple[dict[str, float], dict[str, float]]:

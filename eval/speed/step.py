@@ -26,7 +26,7 @@ from copra_llm.errors import InputError, exit_on_input_error
 from copra_llm.figures.steps import PROTOCOL, step_metrics
 from copra_llm.protocols.alone import alone
 from copra_llm.report import find_results, step_table
-from copra_llm.results import Result, environment, peak_memory_bytes, write_result
+from copra_llm.results import Result, environment, write_result
 from copra_llm.summaries.speed import goals_table, step_counts_table
 
 HERE = Path(__file__).parent
@@ -55,20 +55,9 @@ def workload(args: argparse.Namespace, folder: Path):
     return made
 
 
-def remembered(w, device: str, name: str) -> int:
-    """Peak memory in bytes of one contender, which has this process to itself."""
-    from contenders import CONTENDERS, SCHEDULED
-    from watches import Clock
-
-    # Of a schedule sampled at four places the last one has all layers active.
-    steps = 4 if name in SCHEDULED else 2
-    CONTENDERS[name](w, device, w.full, steps, 0, Clock(steps, device))
-    return peak_memory_bytes()
-
-
 def work(args: argparse.Namespace) -> None:
     """What a worker answers, as its last line."""
-    from rounds import timed
+    from rounds import peak_bytes, timed
 
     with tempfile.TemporaryDirectory() as folder:
         w = workload(args, Path(folder))
@@ -76,7 +65,7 @@ def work(args: argparse.Namespace) -> None:
             answer = timed(w, args.device, args.rounds, args.steps, lambda line: print(line, flush=True))
             answer["base"] = w.base.about() | ({"base_model": ABOUT} if args.model == "clip" else {})
         else:
-            answer = remembered(w, args.device, args.worker)
+            answer = peak_bytes(w, args.device, args.worker)
     print(json.dumps(answer))
 
 
@@ -85,13 +74,17 @@ def work(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, model: str, precision: str, device: str) -> Result:
     """One record: times and counts of one process, memory of one for each contender."""
+    from rounds import remembered
+
     started, steps = time.time(), args.steps or STEPS[device][model]
     own = ["--model", model, "--precision", precision, "--device", device, "--rounds", str(args.rounds),
            "--steps", str(steps), "--threads", str(args.threads)]  # fmt: skip
     script = Path(__file__).resolve()
     found = alone(script, ["--worker", "times", *own], args.threads, say=lambda line: print(line, flush=True))
-    peaks = {name: alone(script, ["--worker", name, *own], args.threads, give_back=True)
-             for name in found["seconds"] if name != "truncated"}  # fmt: skip
+    peaks = {
+        name: alone(script, ["--worker", name, *own], args.threads, give_back=True)
+        for name in remembered(found["seconds"])
+    }
     metrics = step_metrics(found["seconds"], found["whole"], "gpu" if device == "cuda" else "cpu")
     for name, counts in found["counts"].items():
         metrics |= {f"{key}/{name}": value for key, value in counts.items()}

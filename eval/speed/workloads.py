@@ -32,7 +32,7 @@ from copra_llm.tasks.instruct.encode import Encoded
 from copra_llm.tasks.mtl15 import get_task, load_split
 
 TASK = "agnews"
-NATURAL_STEPS = 6
+NATURAL_STEPS = 5
 """Steps of a whole run: each example is read once."""
 
 
@@ -46,8 +46,10 @@ class Workload:
     """Its model carries the adapter."""
     peft: nn.Module
     """The base with its adapter."""
+    frozen: nn.Module
+    """The base without an adapter; it shares the weights."""
     bare: nn.Module
-    """Maps a batch to the loss of the frozen base, which has no adapter."""
+    """Maps a batch to the loss of `frozen`."""
     bench_model: Callable[[nn.Module], nn.Module]
     """Makes of a PEFT model this package's module, which maps a batch to the same loss."""
     task: Any
@@ -104,7 +106,7 @@ def language(name: str, dtype: str, rows: int = 4, length: int = 128) -> Workloa
     full = [_conversation(row) for row in _joined(ids, length)]
     few = rows * NATURAL_STEPS
     natural = [_conversation(row[:length]) for row in ids[:few]]
-    return Workload(config, base, peft, bare, lambda model: LanguageModel(base, model), task,
+    return Workload(config, base, peft, model, bare, lambda model: LanguageModel(base, model), task,
                     _rows(task, full), _rows(task, natural))  # fmt: skip
 
 
@@ -123,7 +125,9 @@ def encoder(name: str, dtype: str, rows: int = 16, length: int = 64) -> Workload
     joined = [" ".join(itertools.islice(itertools.cycle(texts), i, i + length)) for i in range(len(texts))]
     full, natural = ([dict(base.tokenizer(text, truncation=True, max_length=length)) for text in some]
                      for some in (joined, texts[: rows * NATURAL_STEPS]))  # fmt: skip
-    return Workload(config, base, peft, bare, classifier, task, _rows(task, full, labels), _rows(task, natural, labels))
+    return Workload(
+        config, base, peft, model, bare, classifier, task, _rows(task, full, labels), _rows(task, natural, labels)
+    )
 
 
 def dual(folder: Path, dtype: str, rows: int = 32, classes: int = 102) -> Workload:
@@ -145,7 +149,7 @@ def dual(folder: Path, dtype: str, rows: int = 32, classes: int = 102) -> Worklo
     labels = [int(label) for label in rng.integers(0, classes, len(views))]
     tokens = classifier(peft).prompts[task.name]
     split = EncodedSplit(task, views, labels, np.full(len(views), inputs.size))
-    return Workload(config, base, peft, BareDual(model, tokens, inputs), classifier, task, split)
+    return Workload(config, base, peft, model, BareDual(model, tokens, inputs), classifier, task, split)
 
 
 class BareDual(nn.Module):
