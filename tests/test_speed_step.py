@@ -21,6 +21,7 @@ sys.path.append(str(FOLDER))
 
 import contenders  # noqa: E402
 import rounds  # noqa: E402
+import sampling  # noqa: E402
 import step  # noqa: E402
 import workloads  # noqa: E402
 from watches import ADAMW_MOVES, Clock, Counter  # noqa: E402
@@ -81,17 +82,34 @@ def test_masks_are_those_of_the_run(language, monkeypatch):
     drawn, own = [], copra_llm.train.sample_mask
     monkeypatch.setattr(copra_llm.train, "sample_mask", lambda *a, **k: drawn.append(own(*a, **k)) or drawn[-1])
     contenders.copra(language, "cpu", language.full, 8, 3, Clock(8))
-    assert np.array_equal(drawn, contenders.step_masks(language, 8, seed=3))
-    assert not np.array_equal(drawn, contenders.step_masks(language, 8, seed=4))
+    assert np.array_equal(drawn, sampling.step_masks(language, 8, seed=3))
+    assert not np.array_equal(drawn, sampling.step_masks(language, 8, seed=4))
 
 
 def test_a_few_steps_stand_for_a_long_run(language):
     """p at the middles of the parts; its mean is that of min(4t / 3, 1), 5/8."""
     for steps in (4, 8, 24):
-        schedule = language.config.replace(**contenders.sampled_schedule(steps)).schedule.schedule()
+        schedule = language.config.replace(**sampling.sampled_schedule(steps)).schedule.schedule()
         p = [schedule(k / steps) for k in range(steps)]
         assert p == pytest.approx([min(4 * (k + 0.5) / (3 * steps), 1.0) for k in range(steps)])
         assert np.mean(p) == pytest.approx(5 / 8)
+
+
+def test_shares_of_layers_by_hand():
+    """Two towers of three layers: in the first step the upper one has none, in the second its last."""
+    keys = [f"{tower}.{i}" for tower in ("a", "b") for i in range(3)]
+    masks = np.array([[0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 1]], bool)
+    assert sampling.shares(keys, masks).tolist() == [3 / 12, (2 + 3 + 1) / 12]
+
+
+def test_seeds_that_stand_for_a_long_run(language):
+    """Their few masks are nearer to it than those of any old seed, and different from each other."""
+    keys = sampling.LayerGates(language.peft).keys
+    aim = sampling.shares(keys, sampling._masks(sampling.METHODS["copra"], len(keys), sampling.LONG, 1))
+    seeds = sampling.seeds_like_a_long_run(language, 8, 3)
+    taken, others = ([np.abs(sampling.shares(keys, sampling.step_masks(language, 8, seed)) - aim).max()
+                      for seed in some] for some in (seeds, range(20)))  # fmt: skip
+    assert len(set(seeds)) == 3 and max(taken) < np.median(others) / 2
 
 
 def test_below_the_lowest_active_block_nothing_is_kept(language):

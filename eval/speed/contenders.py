@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from sampling import sampled_schedule, step_masks
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -30,8 +31,6 @@ from copra_llm.batches import BatchStream, EncodedSplit, train_loader
 from copra_llm.build import Workbench
 from copra_llm.gates import LayerGates
 from copra_llm.language_model import LanguageModel
-from copra_llm.masks import sample_mask
-from copra_llm.schedule import METHODS
 from copra_llm.train import fit
 
 
@@ -60,28 +59,6 @@ class Contender(Protocol):
         Returns:
             Mean loss over the steps, in nats.
         """
-
-
-# --- the schedule -----------------------------------------------------------------------------------------
-
-
-def sampled_schedule(steps: int) -> dict[str, float]:
-    """Settings with which a run of a few steps stands for a long one.
-
-    CopRA's p(t) = min(4t / 3, 1) at the middles of `steps` equal parts of the run, t = (k + 1/2) / steps: a short run
-    of its own would begin each part at its left end, where p is smaller. The mean of p is 5/8, as over a long run,
-    where `steps` is a multiple of 4.
-    """
-    ramp = METHODS["copra"].ramp_fraction
-    p_start = 0.5 / (ramp * steps)
-    return {"p_start": p_start, "ramp_fraction": ramp * (1.0 - p_start)}
-
-
-def step_masks(w: Workload, steps: int, seed: int) -> list[np.ndarray]:
-    """The masks `(num_layers,)` of `copra` with this seed."""
-    schedule = w.config.replace(method="copra", **sampled_schedule(steps)).schedule.schedule()
-    players = LayerGates(w.peft).num_layers
-    return [sample_mask(schedule(k / steps), players, seed=seed, step=k) for k in range(steps)]
 
 
 # --- the frozen base --------------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ bytes are counted, and then the rounds are timed. What one contender took is div
 round, so that what the machine does besides weighs on both.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
 
 from contenders import CONTENDERS, SCHEDULED, contenders_of
+from sampling import seeds_like_a_long_run
 from watches import Clock, Counter
 from workloads import NATURAL_STEPS, Workload, without_dropout
 
@@ -47,7 +49,7 @@ def timed(w: Workload, device: str, rounds: int, steps: int, say: Callable[[str]
     say(f"about {(rounds * a_round + counting + memory) / 60:.1f} minutes")
     counts = {name: counted(w, device, name) for name in names}
     seconds, whole = {name: [] for name in names}, {name: [] for name in natural}
-    for seed in range(rounds):
+    for _, seed in zip(range(rounds), itertools.cycle(seeds_like_a_long_run(w, steps, rounds)), strict=False):
         for name in names:
             of_all = seconds_of(w, device, name, took[name], seed)
             seconds[name].append({clock: value / took[name] for clock, value in of_all.items()})
@@ -95,8 +97,9 @@ def warmed_up(w: Workload, device: str, names: list[str]) -> tuple[dict[str, flo
 def counted(w: Workload, device: str, name: str) -> dict[str, float]:
     """Operations and bytes of a contender's step, in the mean over its schedule."""
     steps = COUNTED if name in SCHEDULED else 1
+    seed = seeds_like_a_long_run(w, steps, 1)[0] if name in SCHEDULED else 0
     with Counter([w.peft, w.bare]) as counter:
-        CONTENDERS[name](w, device, w.full, steps, 0, counter)
+        CONTENDERS[name](w, device, w.full, steps, seed, counter)
     return vars(counter.mean())
 
 
