@@ -49,7 +49,7 @@ class Contender(Protocol):
         """Take steps.
 
         Args:
-            w: what is trained; its adapter is as it was afterwards.
+            w: what is trained; a copy of its adapter, so that the next contender starts from the same.
             device: "cpu" or "cuda".
             split: the examples.
             steps: optimizer steps; of CopRA, its whole schedule.
@@ -74,10 +74,9 @@ def truncated(w, device, split, steps, seed, watch) -> float:
 
 
 def _frozen(w: Workload, device: str, split: EncodedSplit, masks: Sequence[np.ndarray], watch: Watch) -> float:
-    model = w.bare.train()
-    losses = []
-    for mask, batch in zip(masks, _batches(w, model, split, len(masks), watch), strict=True):
-        with entering(lowest_blocks(w, mask)), _autocast(w, device):
+    model, cuts, losses = w.bare.train(), [lowest_blocks(w, mask) for mask in masks], []
+    for blocks, batch in zip(cuts, _batches(w, model, split, len(masks), watch), strict=True):
+        with entering(blocks), _autocast(w, device):
             loss = model(send_to_device(batch, device))
         loss.backward()
         losses.append(loss.detach())
@@ -104,16 +103,8 @@ def entering(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_removed(block.register_forward_pre_hook(begin, with_kwargs=True)))
+            stack.callback(block.register_forward_pre_hook(begin, with_kwargs=True).remove)
         yield
-
-
-@contextmanager
-def _removed(handle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 # --- PEFT LoRA in other loops -----------------------------------------------------------------------------

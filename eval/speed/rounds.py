@@ -17,7 +17,7 @@ from workloads import NATURAL_STEPS, Workload, without_dropout
 
 from copra_llm.results import peak_memory_bytes
 
-COUNTED = 8
+COUNTED = 4
 """Steps of the schedule over which operations and bytes are counted."""
 WHOLE = ("trainer", "copra")
 """Who trains on texts of their own lengths."""
