@@ -13,7 +13,9 @@ from torch import nn
 import copra_llm.train
 from copra_llm.estimates import Estimate, exact
 from copra_llm.figures.steps import GOALS, PROTOCOL, paired_ratio, ratio_of, step_metrics, verdict
+from copra_llm.gates import LayerGates
 from copra_llm.results import Result, read_result, write_result
+from copra_llm.schedule import METHODS
 from copra_llm.summaries.speed import goals_table, step_counts_table
 
 FOLDER = Path(__file__).resolve().parents[1] / "eval" / "speed"
@@ -104,8 +106,8 @@ def test_shares_of_layers_by_hand():
 
 def test_seeds_that_stand_for_a_long_run(language):
     """Their few masks are nearer to it than those of any old seed, and different from each other."""
-    keys = sampling.LayerGates(language.peft).keys
-    aim = sampling.shares(keys, sampling._masks(sampling.METHODS["copra"], len(keys), sampling.LONG, 1))
+    keys = LayerGates(language.peft).keys
+    aim = sampling.shares(keys, sampling._masks(METHODS["copra"], len(keys), sampling.LONG, 1))
     seeds = sampling.seeds_like_a_long_run(language, 8, 3)
     taken, others = ([np.abs(sampling.shares(keys, sampling.step_masks(language, 8, seed)) - aim).max()
                       for seed in some] for some in (seeds, range(20)))  # fmt: skip
@@ -130,7 +132,7 @@ def test_below_the_lowest_active_block_nothing_is_kept(language):
 
 
 def test_towers_are_cut_each_for_itself(dual):
-    players = contenders.LayerGates(dual.peft).keys
+    players = LayerGates(dual.peft).keys
     text = [key for key in players if key.startswith("text")]
     mask = np.array([key in (text[3], text[5]) for key in players])
     whole = dual.frozen
