@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from copra_llm.protocols.comparisons import Comparison, read_study
-from copra_llm.report import connectivity_table, find_results, plot_curves, step_time_table
+from copra_llm.report import connectivity_table, find_results, plot_curves, step_table
 from copra_llm.results import Result, write_atomic
 from copra_llm.summaries.backends import backends_table
 from copra_llm.summaries.clip import few_shot_table
@@ -34,7 +34,15 @@ from copra_llm.summaries.pruning import (
     structured_table,
 )
 from copra_llm.summaries.shapley import shapley_details, shapley_table
-from copra_llm.summaries.speed import clip_table, coalitions_table, estimators_table, instruct_table, merging_table
+from copra_llm.summaries.speed import (
+    clip_table,
+    coalitions_table,
+    estimators_table,
+    goals_table,
+    instruct_table,
+    merging_table,
+    step_counts_table,
+)
 from copra_llm.summaries.study import against_table, means_table, stability_table, tasks_table
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
 from copra_llm.summaries.together import federated_table, multitask_details, multitask_table
@@ -119,7 +127,8 @@ TABLES = {
     "layerwise": (layerwise_table, "landscape"),
     "federated": (federated_table, "federated"),
     "multitask": (multitask_table, "multitask"),
-    "step_time": (step_time_table, "step_time"),
+    "goals": (goals_table, "speed"),
+    "steps": (step_table, "speed"),
     "instruct_speed": (instruct_table, "speed"),
     "instruct": (connectivity_table, "instruct"),
     "few_shot_16": (sixteen_shots, f"{CLIP}/micro-clip"),
@@ -179,6 +188,7 @@ PAGES = {
     EVAL / "plan" / "README.md": {"plan": (plan_table, "plan")},
     EVAL / "shapley" / "README.md": {"shapley_details": (shapley_details, "shapley")},
     EVAL / "speed" / "README.md": {
+        "step_counts": (step_counts_table, "speed"),
         "merging": (merging_table, "speed"),
         "shapley": (estimators_table, "speed"),
         "coalitions": (coalitions_table, "speed"),

@@ -125,10 +125,12 @@ def test_few_blocks_tell_of_all(tiny_llama, checkpointing):
     assert said.flops(1.0, 1.0) == pytest.approx(whole.forward + whole.backward, rel=1e-12)
 
 
-def test_operations_of_a_step_by_hand(tiny_llama):
+@pytest.mark.parametrize("fused", [False, True])
+def test_operations_of_a_step_by_hand(tiny_llama, fused):
     """Forward 2 a weight and token, backward 2 (frozen: no gradient of weights) and 4 a weight of the adapter."""
     config, _ = configuration(ModelSettings(str(tiny_llama)), ShapeSettings(), 16)
-    work, tokens = trace(config, "float32", ALL, None, SMALL), SMALL.rows * SMALL.length
+    work = trace(config, "float32", ALL, None, replace(SMALL, fused=fused))
+    tokens = SMALL.rows * SMALL.length
     linear = 4 * (4 * 32 * 32 + 3 * 32 * 64)
     attention = 4 * 4 * SMALL.rows * SMALL.length**2 * 32 // 2  # blocks; 4 s^2 d, half of it as it is causal
     # The frozen head's loss takes its gradient along in the forward pass.

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import report_records
 
 from copra_llm.errors import InputError
 from copra_llm.estimates import Estimate, seed_estimate, t_975
@@ -15,7 +16,7 @@ from copra_llm.report import (
     connectivity_table,
     find_results,
     plot_curves,
-    step_time_table,
+    step_table,
     training_table,
     write_report,
 )
@@ -191,16 +192,14 @@ def test_a_loss_that_was_not_finite_is_shown_as_such(tmp_path):
     assert rows(training_table(find_results([tmp_path])))[0][7] == "nan"
 
 
-def test_step_time_table():
-    metrics = {"seconds_per_step/bare PEFT": 0.05}
-    for name, ratio in (("LoRA", 1.02), ("CopRA", 0.8)):
-        metrics |= {f"ratio/{name}": ratio, f"ratio_min/{name}": ratio - 0.01, f"ratio_max/{name}": ratio + 0.01}
-    table = step_time_table([Result("step_time", {"model_name_or_path": "minilm"}, metrics)])
-    assert rows(table) == [["minilm", "50 ms", "1.02 [1.01, 1.03]", "0.80 [0.79, 0.81]"]]
+def test_step_table():
+    """A column a contender; one that did not take part has a dash."""
+    made = [["smollm2", "float32", "CPU", "50", "–", "1.20 [1.19, 1.21]", "–", "–", "–", "0.80 [0.79, 0.81]"]]
+    assert rows(step_table(report_records.step_times())) == made
 
 
 def test_no_records_no_table():
-    assert connectivity_table([]) == training_table([]) == step_time_table([]) == ""
+    assert connectivity_table([]) == training_table([]) == step_table([]) == ""
 
 
 # --- files ------------------------------------------------------------------------------------------------

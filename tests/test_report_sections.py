@@ -15,9 +15,10 @@ from copra_llm.report.sections.landscape import plane_section
 from copra_llm.report.sections.layers import layers_section
 from copra_llm.report.sections.merged import headline, merged_section
 from copra_llm.report.sections.pruning import pruning_section
-from copra_llm.report.sections.runs import runs_section, step_time_section
+from copra_llm.report.sections.runs import runs_section
 from copra_llm.report.sections.shapley import shapley_section
 from copra_llm.report.sections.similarity import similarity_section
+from copra_llm.report.sections.steps import step_section
 from copra_llm.report.sections.sweeps import schedules_section, steps_section, sweep_section
 from copra_llm.report.sections.together import federated_section, multitask_section
 from copra_llm.report.tables import Table
@@ -311,6 +312,6 @@ def test_single_runs():
 
 
 def test_the_time_of_a_step():
-    table = table_of(step_time_section(made.step_times()), "Time of a step")
+    table = table_of(step_section(made.step_times()), "Time of a step")
     row = row_of(table, loop="this loop, CopRA")
-    assert row["a step [ms]"] == pytest.approx(40.0) and row["relative to plain PEFT"] == Estimate(0.8, 0.79, 0.81)
+    assert row["a step [ms]"] == pytest.approx(40.0) and row["× frozen base"] == Estimate(0.8, 0.79, 0.81)

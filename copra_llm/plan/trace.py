@@ -247,10 +247,7 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         operation = func._overloadpacket
-        if operation in _ATTENTION:
-            self.flops += _ATTENTION[operation](*args)
-        elif operation in flop_registry:
-            self.flops += flop_registry[operation](*args, **(kwargs or {}), out_val=out)
+        self.flops += operations(operation, args, kwargs or {}, out)
         if operation in _INSIDE:
             self.most = max(self.most, self.now + _INSIDE[operation](*args))
         for t in tree_iter(out):
@@ -265,6 +262,23 @@ class _Meter(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
+def operations(operation, args: tuple, kwargs: dict, out) -> int:
+    """Floating-point operations of one call, those of products alone.
+
+    Args:
+        operation: an overload packet, `torch.ops.aten.mm`, say.
+        args: of the call.
+        kwargs: likewise.
+        out: what it gave.
+    """
+    if operation in _ATTENTION:
+        return _ATTENTION[operation](*args)
+    operation = _IN_PLACE.get(operation, operation)
+    return flop_registry[operation](*args, **kwargs, out_val=out) if operation in flop_registry else 0
+
+
+_IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
+"""Products that torch's registry lacks, since they add to their first argument (`fused_linear.py`)."""
 _INSIDE = {torch.ops.aten.logsumexp: lambda values, *_: values.nbytes}
 """Bytes that an operation holds while it runs: here exp(x - max) of all of x."""
 

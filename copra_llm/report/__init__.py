@@ -11,10 +11,11 @@ Every mean has its 95 % interval over seeds (`copra_llm.estimates`) or pairs of 
 from copra_llm.report.curves import plot_curves, require_matplotlib
 from copra_llm.report.records import find_results
 from copra_llm.report.sections.connectivity import connectivity_table
-from copra_llm.report.sections.runs import step_time_table, training_table
+from copra_llm.report.sections.runs import training_table
+from copra_llm.report.sections.steps import step_table
 from copra_llm.report.write import write_report
 
 __all__ = [
-    "connectivity_table", "find_results", "plot_curves", "require_matplotlib", "step_time_table", "training_table",
+    "connectivity_table", "find_results", "plot_curves", "require_matplotlib", "step_table", "training_table",
     "write_report",
 ]  # fmt: skip

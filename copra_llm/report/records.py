@@ -18,7 +18,7 @@ _RUN = ("config.method", "config.model_name_or_path")
 NEEDED: dict[str, tuple[str, ...]] = {
     "train": (*_RUN, "config.tasks", "config.learning_rate"),
     "evaluate": ("config.split", "config.task"),
-    "step_time": ("config.model_name_or_path", "metrics.seconds_per_step/bare PEFT"),
+    "speed_step": ("config.model", "config.precision", "config.device", "metrics.seconds_per_step/base"),
     "interpolation": (*_RUN, "config.split", "config.task", "config.merge_method", "data.alpha", "data.accuracy",
                       "data.loss", "data.correct"),
     "layerwise": (*_RUN, "config.split", "config.task", "data.layers", "data.alpha", "data.accuracy", "data.loss"),

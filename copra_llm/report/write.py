@@ -16,9 +16,10 @@ from copra_llm.report.sections.layers import layers_section
 from copra_llm.report.sections.merged import merged_section
 from copra_llm.report.sections.overview import evaluation_section, footer, other_section, overview_section, summary
 from copra_llm.report.sections.pruning import pruning_section
-from copra_llm.report.sections.runs import runs_section, step_time_section, step_time_table, training_table
+from copra_llm.report.sections.runs import runs_section, training_table
 from copra_llm.report.sections.shapley import shapley_section
 from copra_llm.report.sections.similarity import similarity_section
+from copra_llm.report.sections.steps import step_section, step_table
 from copra_llm.report.sections.sweeps import schedules_section, steps_section, sweep_section
 from copra_llm.report.sections.together import federated_section, multitask_section
 from copra_llm.report.tables import markdown
@@ -28,12 +29,12 @@ Build = Callable[[Sequence[Result]], Section | None]
 SECTIONS: tuple[Build, ...] = (
     merged_section, layers_section, plane_section, pruning_section, shapley_section, multitask_section,
     federated_section, sweep_section, steps_section, schedules_section, similarity_section, runs_section,
-    step_time_section, evaluation_section, other_section,
+    step_section, evaluation_section, other_section,
 )  # fmt: skip
 """In the page's order; each is None where it has no records."""
-README_TABLES = (connectivity_table, training_table, step_time_table)
+README_TABLES = (connectivity_table, training_table, step_table)
 """Of `table.md`: the short forms of what the page shows at length."""
-IN_README = (merged_section, runs_section, step_time_section)
+IN_README = (merged_section, runs_section, step_section)
 """Sections that `README_TABLES` stand for."""
 
 

@@ -1,4 +1,4 @@
-"""How much faster are merges and coalitions, how much closer the Shapley estimates? Tables of the benchmarks' records.
+"""How fast are steps, merges and coalitions, how close the Shapley estimates? Tables of the benchmarks' records.
 
 Ratios of merges and coalitions are of CPU seconds in one run: the other's divided by this package's. Ratios of
 estimates are of errors: this package's divided by the other's.
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from operator import itemgetter
 
 from copra_llm.estimates import Estimate
+from copra_llm.figures.steps import CONTENDERS, GOALS, JUDGED, device_of, ratio_of, step_records, verdict
 from copra_llm.report.tables import markdown_table
 from copra_llm.results import Result
 
@@ -48,6 +49,43 @@ def coalitions_table(results: Iterable[Result]) -> str:
             rows.append((model, coalitions, way, ratio, blocks, f"at most {apart:.0e} nats" if apart else "nothing"))
     columns = [("model",), ("coalitions",), ("way",), ("plain / this, CPU seconds", ".2f"),
                ("blocks: plain / this", ".2f"), ("values differ by",)]  # fmt: skip
+    return markdown_table(columns, rows)
+
+
+def goals_table(results: Iterable[Result]) -> str:
+    """Markdown: the goals beside what was measured, on each device."""
+    results = list(results)
+    rows = []
+    for r in step_records(results):
+        if JUDGED.items() <= r.config.items():
+            for goal in GOALS:
+                ratio = ratio_of(r, goal.ratio)
+                floor = None if goal.floor is None else ratio_of(r, goal.floor)
+                rows.append((goal.what, device_of(r), f"≤ {goal.limit:.2f}", ratio, floor, verdict(ratio, goal.limit)))
+    for r in (r for r in results if r.protocol == "speed_evaluation"):
+        limit, ratio = r.config.get("limit"), ratio_of(r, "geometric_mean")
+        said = (None, None) if limit is None else (f"≤ {limit:.2f}", verdict(ratio, limit))
+        rows.append(("evaluation on MTL15, geometric mean", device_of(r), said[0], ratio, None, said[1]))
+    columns = [("ratio",), ("on",), ("goal",), ("measured", ".2f"), ("its floor", ".2f"), ("",)]
+    return markdown_table(columns, rows)
+
+
+def step_counts_table(results: Iterable[Result]) -> str:
+    """Markdown: of each contender time, operations and bytes relative to the frozen base, and memory."""
+    rows = []
+    for r in step_records(results):
+        m = r.metrics
+        for name in (n for n in CONTENDERS if f"seconds_per_step/{n}" in m):
+            relative = (m[f"{key}/{name}"] / m[f"{key}/base"] for key in ("flops", "least_bytes"))
+            peak = m.get(f"peak_bytes/{name}")
+            rows.append(
+                (r.config["model"], r.config["precision"], device_of(r), CONTENDERS[name],
+                 1000 * m[f"seconds_per_step/{name}"], ratio_of(r, f"{name}/base"), *relative,
+                 m[f"saved_bytes/{name}"] / 1e6, None if peak is None else peak / 1e9)
+            )  # fmt: skip
+    columns = [("model",), ("precision",), ("on",), ("contender",), ("a step [ms]", ".0f"), ("× base", ".2f"),
+               ("operations × base", ".3f"), ("bytes moved at least × base", ".2f"), ("saved for backward [MB]", ".0f"),
+               ("peak memory [GB]", ".2f")]  # fmt: skip
     return markdown_table(columns, rows)
 
 

@@ -16,7 +16,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,11 +25,10 @@ from pathlib import Path
 import yaml
 
 from copra_llm.errors import InputError, exit_on_input_error
+from copra_llm.protocols.alone import alone
 from copra_llm.results import Result, environment, read_result, write_result
 
 HERE = Path(__file__).parent
-BLOCK = 65536
-"""Bytes from which on freed memory goes back to the system."""
 
 
 def settings(plan: dict, model: str, name: str) -> dict:
@@ -123,13 +121,7 @@ def predicted(values: dict) -> dict:
 
 def in_a_process(what: str, values: dict) -> dict:
     """`measured` or `predicted`, alone in a process."""
-    own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-           "MALLOC_MMAP_THRESHOLD_": str(BLOCK)}  # fmt: skip
-    command = [sys.executable, __file__, "--worker", what, "--values", json.dumps(values)]
-    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise InputError(f"the run stopped with: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return alone(Path(__file__), ["--worker", what, "--values", json.dumps(values)], give_back=True)
 
 
 def check(plan: dict, model: str, file: Path) -> None:

@@ -4,8 +4,7 @@
 
 The plain loop decodes every image each time, and encodes the prompts of all 102 classes in each step, at CLIP's 77
 tokens. Model, adapter, optimizer, images, views and precision are the same; the losses of the first step, before which
-nothing differs, are compared. The model has random weights in ViT-B/32's shape at a quarter of its widths, since no
-speed depends on weights; its tokenizer gives a token a word.
+nothing differs, are compared. The model has random weights (`random_clip`).
 
 Rounds are interleaved in one process with one thread; costs are CPU seconds, since the machine may be shared, without
 the first step. This loop's images are decoded before: a run of 8000 steps reads each of them 157 times. Evaluated are
@@ -13,7 +12,6 @@ three adapters, one after the other, as along a line.
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -26,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from random_clip import ABOUT, WIDTH, class_scores, save_model, text_features
 
 import copra_llm.train as train
 from copra_llm.batches import BatchStream
@@ -34,39 +33,13 @@ from copra_llm.config import RunConfig
 from copra_llm.errors import exit_on_input_error
 from copra_llm.evaluate import evaluate
 from copra_llm.images import read_run_images
-from copra_llm.pictures import decode, eval_view, normalise, train_view, view_rng
+from copra_llm.pictures import decode, eval_view, train_view, view_rng
 from copra_llm.results import Result, environment, write_result
 
 HERE = Path(__file__).parent
 RECORD = HERE / "results" / "clip.json"
-TASK, WIDTH, BATCH, TEST = "oxford_flowers", 77, 32, 102
+TASK, BATCH, TEST = "oxford_flowers", 32, 102
 CONTENDERS = ("plain", "lora", "copra")
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-
-
-def save_model(folder: Path, prompts: list[str]) -> None:
-    """A random CLIPModel with a token for each word of the prompts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
-
-    split = pre_tokenizers.BertPreTokenizer()
-    words = sorted({word for prompt in prompts for word, _ in split.pre_tokenize_str(prompt)})
-    unknown, begin, end = special = ["<unk>", "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: i for i, word in enumerate([*words, *special])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
-    tokenizer.pre_tokenizer = split
-    around = [(token, vocabulary[token]) for token in (begin, end)]
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A {end}", special_tokens=around)
-    names = {"unk_token": unknown, "bos_token": begin, "eos_token": end, "pad_token": end}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    ends = {"bos_token_id": vocabulary[begin], "eos_token_id": vocabulary[end], "pad_token_id": vocabulary[end]}
-    text = ends | {"vocab_size": len(vocabulary), "hidden_size": 128, "intermediate_size": 512,
-                   "num_attention_heads": 4, "max_position_embeddings": WIDTH}  # fmt: skip
-    vision = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 4, "patch_size": 32}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)).save_pretrained(folder)
-    processor = {"image_mean": MEAN, "image_std": STD}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
 
 
 def settings(model: Path, method: str, steps: int) -> RunConfig:
@@ -119,15 +92,13 @@ def prompts_encoder(bench: Workbench, config: RunConfig) -> Callable[[], torch.T
     (run,) = read_run_images(config, [TASK], ("test",))
     tokens = bench.base.tokenizer(run.prompts, padding="max_length", max_length=WIDTH, return_tensors="pt")
     whole = bench.classifier.model.get_base_model()
-    return lambda: F.normalize(whole.get_text_features(input_ids=tokens["input_ids"]).pooler_output, dim=-1)
+    return lambda: text_features(whole, {"input_ids": tokens["input_ids"]})
 
 
 def scores_of(bench: Workbench, views: list, text: torch.Tensor) -> torch.Tensor:
     """Class scores of some views."""
-    whole = bench.classifier.model.get_base_model()
-    pixels = normalise(torch.stack([torch.from_numpy(view.copy()) for view in views]), MEAN, STD)
-    image = F.normalize(whole.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
-    return whole.logit_scale.exp() * image @ text.T
+    stacked = torch.stack([torch.from_numpy(view.copy()) for view in views])
+    return class_scores(bench.classifier.model.get_base_model(), stacked, text)
 
 
 def train_here(bench: Workbench, config: RunConfig) -> tuple[float, float]:
@@ -201,8 +172,7 @@ def main() -> None:
     for name, value in metrics.items():
         print(f"{name}: {value:.2f}")
     own = {"task": TASK, "shots": 16, "batch_size": BATCH, "classes": len(run.prompts), "test_images": TEST,
-           "rounds": args.rounds,
-           "model": "random CLIP, 12 + 12 layers, widths 192 and 128, 224 pixels in 49 patches"}  # fmt: skip
+           "rounds": args.rounds, "model": ABOUT}  # fmt: skip
     data = {"speeds": speeds, "evaluations": evaluations}
     write_result(RECORD, Result("speed_clip", own, metrics, time.time() - started, steps=args.steps, data=data,
                                 environment=environment(threads=1)))  # fmt: skip

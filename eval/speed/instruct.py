@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from copra_llm.errors import InputError, exit_on_input_error
+from copra_llm.protocols.alone import alone
 from copra_llm.results import Result, environment, peak_memory_bytes, write_result
 
 HERE = Path(__file__).parent
@@ -143,12 +143,7 @@ def run_here(method: str, packing: bool, steps: int, folder: str) -> dict:
 
 def measured(contender: str, packing: bool, steps: int) -> dict:
     """One contender in a process of its own."""
-    command = [sys.executable, __file__, "--worker", contender, "--steps", str(steps), *["--packing"] * packing]
-    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=os.environ | one, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise InputError(f"{contender} stopped with: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return alone(Path(__file__), ["--worker", contender, "--steps", str(steps), *["--packing"] * packing])
 
 
 @exit_on_input_error

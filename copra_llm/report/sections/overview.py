@@ -24,7 +24,7 @@ KINDS = {
     "multitask": "merge of several tasks' adapters",
     "merge_over_steps": "merge along training steps",
     "similarity": "similarity of adapters",
-    "step_time": "time of a step",
+    "speed_step": "time of a step",
 }
 """What a record of each known protocol is."""
 

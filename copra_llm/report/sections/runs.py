@@ -1,4 +1,4 @@
-"""Single runs: how good each is before anything is done with it, and how long a step takes."""
+"""Single runs: how good each is before anything is done with it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from copra_llm.estimates import Estimate
-from copra_llm.figures.groups import Group, model_of
+from copra_llm.figures.groups import Group
 from copra_llm.figures.runs import run_groups, seeds_of
 from copra_llm.report.document import Section
-from copra_llm.report.tables import GROUP_COLUMNS, Table, markdown_table, table
+from copra_llm.report.tables import GROUP_COLUMNS, markdown_table, table
 from copra_llm.results import Result
 
 
@@ -23,17 +22,6 @@ def training_table(results: Iterable[Result]) -> str:
     ]  # fmt: skip
     columns = [("model",), ("task",), ("method",), ("lr, steps",), ("seeds",), ("dev acc.", ".1f"),
                ("test acc.", ".1f"), ("test loss",), ("seconds",)]  # fmt: skip
-    return markdown_table(columns, rows)
-
-
-def step_time_table(results: Iterable[Result]) -> str:
-    """Markdown: time of a step of each loop relative to plain PEFT in a bare loop."""
-    rows = [
-        (r.config["model_name_or_path"], f"{1000 * r.metrics['seconds_per_step/bare PEFT']:.0f} ms",
-         *(_ratio(r, name) for name in ("LoRA", "CopRA")))
-        for r in results if r.protocol == "step_time"
-    ]  # fmt: skip
-    columns = [("model",), ("plain PEFT, bare loop",), ("this loop, LoRA", ".2f"), ("this loop, CopRA", ".2f")]
     return markdown_table(columns, rows)
 
 
@@ -57,25 +45,6 @@ def runs_section(results: Sequence[Result]) -> Section | None:
     )
     text = "Every training run by itself, before its adapter is merged or pruned."
     return Section("Single runs", text, [table("Single runs", columns, rows, 3, note)])
-
-
-def step_time_section(results: Sequence[Result]) -> Section | None:
-    records = [r for r in results if r.protocol == "step_time"]
-    rows = []
-    for r in records:
-        rows.append((model_of(r), "plain PEFT, bare loop", r.metrics["seconds_per_step/bare PEFT"] * 1000, None))
-        for name in (key.removeprefix("ratio/") for key in r.metrics if key.startswith("ratio/")):
-            seconds = r.metrics[f"seconds_per_step/{name}"]
-            rows.append((model_of(r), f"this loop, {name}", 1000 * seconds, _ratio(r, name)))
-    columns = [("model",), ("loop",), ("a step [ms]", ".0f"), ("relative to plain PEFT", ".2f")]
-    note = "Ratios of medians over interleaved rounds; in brackets the range over rounds."
-    made: Table = table("Time of a step", columns, rows, 2, note)
-    return Section("Time of a step", "Whole optimizer steps over the same batches.", [made]) if rows else None
-
-
-def _ratio(r: Result, name: str) -> Estimate:
-    """Relative to plain PEFT; the interval is the range over rounds."""
-    return Estimate(*(r.metrics[f"{key}/{name}"] for key in ("ratio", "ratio_min", "ratio_max")))
 
 
 def _mean(g: Group, split: str, name: str) -> float:
