@@ -1,7 +1,7 @@
-"""How much faster are merges and coalitions, how much closer the Shapley estimates? Tables of the benchmarks' records.
+"""How much faster are merges, evaluations and coalitions, how much closer the Shapley estimates? Tables of the records.
 
-Ratios of merges and coalitions are of CPU seconds in one run: the other's divided by this package's. Ratios of
-estimates are of errors: this package's divided by the other's.
+Ratios of merges, evaluations and coalitions are of CPU seconds in one run: the other's divided by this package's.
+Ratios of estimates are of errors: this package's divided by the other's.
 """
 
 from __future__ import annotations
@@ -49,6 +49,27 @@ def coalitions_table(results: Iterable[Result]) -> str:
     columns = [("model",), ("coalitions",), ("way",), ("plain / this, CPU seconds", ".2f"),
                ("blocks: plain / this", ".2f"), ("values differ by",)]  # fmt: skip
     return markdown_table(columns, rows)
+
+
+def evaluation_table(results: Iterable[Result]) -> str:
+    """Markdown: examples a second of evaluating each task, against every label as a row of its own."""
+    rows, notes = [], []
+    for r in (r for r in results if r.protocol == "speed_evaluation"):
+        for name, cell in r.data["tasks"].items():
+            naive = r.metrics.get(f"naive_ratio/{name}")
+            far = f"at most {r.metrics[f'largest_difference/{name}']:.0e} nats"
+            rows.append((name, cell["labels"], cell["examples"], r.metrics[f"examples_per_second/{name}"],
+                         _ratio(r, name), naive, far))  # fmt: skip
+        rows.append(("geometric mean", None, None, None, _ratio(r, "geometric_mean"), None, None))
+        stacked = [f"{_ratio(r, key):.2f} ({key.removeprefix('stacking/')})"
+                   for key in (f"stacking/{model}" for model in r.data["stacking"])]  # fmt: skip
+        if stacked:
+            notes.append(
+                f"Four batches in one pass against one after the other, the base alone: {', '.join(stacked)}.\n"
+            )
+    columns = [("task",), ("labels",), ("examples",), ("examples a CPU second", ".1f"), ("× labels apart", ".2f"),
+               ("× naive", ".1f"), ("losses differ by",)]  # fmt: skip
+    return "\n".join([markdown_table(columns, rows), *notes])
 
 
 def instruct_table(results: Iterable[Result]) -> str:

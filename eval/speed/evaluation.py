@@ -6,8 +6,8 @@ SmolLM2-135M with an adapter (rank 8 on q, k, v) on the fifteen tasks; of each t
 together at most 1200 tokens of prompt. *Apart*, as most scripts and lm-evaluation-harness do it, every label is a row
 of its own, prompt and label: sorted by length, 16 rows a batch (8 took 0.93 and 1.02 of the time on SST-2 and RTE, 32
 took 1.15 and 1.26), no cache, logits of the labels' tokens alone, inference mode. *Naive* is the same unsorted, with
-all logits, on three of the tasks and once. Here: `evaluate`, with its default batch size. Losses and answers are compared in each
-round. MiniLM scores all labels with one product in any case and is no contender.
+all logits, on three of the tasks and once. Here: `evaluate`, with its default batch size. Losses and answers are
+compared in each round. MiniLM scores all labels with one product in any case and is no contender.
 
 *Stacking* is what several adapters in one pass could save at most: a base's passes over four batches against one pass
 over all four, without any adapter.
