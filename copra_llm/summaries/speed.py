@@ -64,9 +64,7 @@ def evaluation_table(results: Iterable[Result]) -> str:
         stacked = [f"{_ratio(r, key):.2f} ({key.removeprefix('stacking/')})"
                    for key in (f"stacking/{model}" for model in r.data["stacking"])]  # fmt: skip
         if stacked:
-            notes.append(
-                f"Four batches in one pass against one after the other, the base alone: {', '.join(stacked)}.\n"
-            )
+            notes.append(f"Four batches, one after the other / in one pass, the base alone: {', '.join(stacked)}.\n")
     columns = [("task",), ("labels",), ("examples",), ("examples a CPU second", ".1f"), ("× labels apart", ".2f"),
                ("× naive", ".1f"), ("losses differ by",)]  # fmt: skip
     return "\n".join([markdown_table(columns, rows), *notes])
