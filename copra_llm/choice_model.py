@@ -17,7 +17,6 @@ WinoGrande, whose choices have little in common.
 
 from __future__ import annotations
 
-import inspect
 import os.path
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from copra_llm.classifiers import Grading
 from copra_llm.errors import InputError
+from copra_llm.label_tree import wide_enough
 from copra_llm.language_model import ends_with_its_head
 from copra_llm.linear_loss import token_losses
 from copra_llm.models import Base
@@ -72,7 +72,7 @@ class ChoiceModel(Grading, nn.Module):
         self.model = model
         self.tokenizer = base.tokenizer
         self.max_length = max_length
-        self.shares = _shares_prefixes(base.model, max_length)
+        self.shares = wide_enough(base.model, max_length)  # rows go on from one prefix, with a gap between
         self._linear_head = ends_with_its_head(base.model)
 
     # --- texts -> batches ---------------------------------------------------------------------------------
@@ -181,13 +181,3 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
     before = tokenizer(kept)["input_ids"]
     whole = tokenizer(context + continuation)["input_ids"]
     return before, whole[len(before) :]
-
-
-def _shares_prefixes(model: nn.Module, max_length: int) -> bool:
-    """Whether rows can go on from one prefix's keys and values, with a gap between.
-
-    A sliding window is counted in places, not in positions: it must be wider than any row.
-    """
-    accepted = inspect.signature(model.forward).parameters
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    return {"position_ids", "past_key_values"} <= accepted.keys() and (window is None or window > 2 * max_length)

@@ -2,7 +2,8 @@
 
 - Causal and seq2seq models answer with **label words**: a label's score is the log-likelihood of its whole
   text after the prompt, log p(label | prompt) = sum_k log p(token_k | prompt, tokens < k). Labels may share
-  first tokens ("very positive", "very negative"). The prompt is computed once for all labels.
+  first tokens ("very positive", "very negative"). All labels of a prompt are scored in one pass (`label_tree`); of a
+  model that does not allow it, each label of several tokens goes on from the prompt's keys and values.
 - Encoders answer with a linear **head** on the mean of the last hidden states. It is fixed and the same for
   every run, so that the adapter does the work and adapters of different runs can be merged.
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from copra_llm.adapter_files import HEAD_FILE
 from copra_llm.adapters import read_head_file
 from copra_llm.errors import InputError
+from copra_llm.label_tree import label_tree, mask_dtype, takes_trees
 from copra_llm.models import Base, whole_base
 from copra_llm.tasks.mtl15 import Example, Task
 
@@ -53,6 +55,10 @@ class LabelWordClassifier(Grading, nn.Module):
         self.max_length = max_length
         self.seq2seq = base.kind == "seq2seq"
         self.label_ids = {task.name: self._label_ids(task) for task in tasks}
+        self.trees = {} if self.seq2seq else {name: label_tree(ids) for name, ids in self.label_ids.items()}
+        self._mask_dtype = None
+        if any(map(len, self.trees.values())) and takes_trees(base.model, max_length):
+            self._mask_dtype = mask_dtype(base.model)
         # The last positions of a batch are no contiguous block, and a linear layer over such a slice copies its
         # whole weight once for every example (measured: half of a bfloat16 step).
         base.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
@@ -108,8 +114,17 @@ class LabelWordClassifier(Grading, nn.Module):
         """Label scores `(batch, num_labels)` in nats, or the mean of -log p(gold label | prompt)."""
         if not scores:
             return self._loss(batch)
-        label_ids = self.label_ids[batch["task"]]
-        return self._seq2seq_scores(batch, label_ids) if self.seq2seq else self._causal_scores(batch, label_ids)
+        if self.seq2seq:
+            return self._seq2seq_scores(batch, self.label_ids[batch["task"]])
+        tree = self.trees[batch["task"]]
+        if len(tree) and self._mask_dtype is None:
+            return self._label_by_label(batch, self.label_ids[batch["task"]])
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if len(tree):
+            inputs = tree.after(ids, mask, self._mask_dtype)
+        else:
+            inputs = {"input_ids": ids, "attention_mask": mask, **self._positions(mask)}
+        return tree.scores(self.model(**inputs, logits_to_keep=1 + len(tree), use_cache=False).logits)
 
     def _loss(self, batch: dict) -> Tensor:
         answer, answer_mask = batch["answer_input_ids"], batch["answer_attention_mask"]
@@ -125,14 +140,10 @@ class LabelWordClassifier(Grading, nn.Module):
             logits = out.logits[:, :-1]  # (batch, answer, vocab)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / len(targets)
 
-    def _causal_scores(self, batch: dict, label_ids: list[list[int]]) -> Tensor:
+    def _label_by_label(self, batch: dict, label_ids: list[list[int]]) -> Tensor:
         mask = batch["attention_mask"]
         first = self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=mask,
-            logits_to_keep=1,
-            use_cache=any(len(ids) > 1 for ids in label_ids),
-            **self._positions(mask),
+            input_ids=batch["input_ids"], attention_mask=mask, logits_to_keep=1, use_cache=True, **self._positions(mask)
         )
         log_probs = first.logits[:, -1].float().log_softmax(-1)  # (batch, vocab)
         scores = log_probs[:, [ids[0] for ids in label_ids]]
@@ -142,7 +153,6 @@ class LabelWordClassifier(Grading, nn.Module):
             if len(ids) == 1:
                 columns.append(scores[:, i])
                 continue
-            # One label at a time after the cached prompt: no padding, and one label's logits in memory.
             given = torch.tensor(ids[:-1], device=mask.device).expand(len(mask), -1)
             longer = torch.cat([mask, mask.new_ones(given.shape)], dim=1)
             positions = self._positions(longer)

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from copra_llm.batches import EncodedSplit, eval_loader
 from copra_llm.errors import InputError
@@ -92,30 +94,59 @@ def evaluate(accelerator: Accelerator, classifier, split: EncodedSplit, batch_si
     """Score every example of a split, with the whole adapter active.
 
     Args:
-        accelerator: gathers over its processes.
+        accelerator: its processes share the batches.
         classifier: the classifier, prepared or not; its training mode is restored.
         split: the examples.
-        batch_size: examples a process takes in one forward pass.
+        batch_size: most examples a process takes in one forward pass. Where a device's memory does not suffice for
+            them, one process by itself tries with half as many; several fail, for each would wait for the others.
     """
-    own = accelerator.unwrap_model(classifier)
-    loader = accelerator.prepare_data_loader(eval_loader(own, split, batch_size))
+    while True:
+        try:
+            found = _outcomes(accelerator, classifier, split, batch_size)
+            break
+        except Exception as error:
+            if batch_size == 1 or accelerator.num_processes > 1 or not should_reduce_batch_size(error):
+                raise
+        # Not inside the handler: the error's traceback holds the tensors of the pass that failed.
+        batch_size //= 2
+        clear_device_cache(garbage_collection=True)
+    nll, predicted, by_length = found
     labels = np.array(split.labels)
-    nll = np.zeros(len(split))
-    predicted, by_length = np.zeros(len(split), dtype=int), None
-    with scoring(accelerator, classifier):
-        for batch in loader:
-            index = batch.pop("index")
-            scores = classifier(batch, scores=True)
-            found = [index, *own.graded(scores, batch["labels"])]
-            if "characters" in batch:
-                found.append((scores / batch["characters"]).argmax(-1))
-            index, losses, answers, *more = (t.cpu().numpy() for t in accelerator.gather_for_metrics(found))
-            predicted[index], nll[index] = answers, losses
-            if more:
-                by_length = np.zeros(len(split), dtype=int) if by_length is None else by_length
-                by_length[index] = more[0]
     tokens = None if split.targets is None else int(split.targets.sum())
     return Evaluation(predicted == labels, nll * split.scale, predicted, labels, tokens, by_length)
+
+
+def _outcomes(
+    accelerator: Accelerator, classifier, split: EncodedSplit, batch_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Losses, answers and, of choices, answers by length of all examples `(n,)`."""
+    own = accelerator.unwrap_model(classifier)
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    loader = eval_loader(own, split, batch_size, device=device.type, rank=rank, world=world)
+    found = []
+    with scoring(accelerator, classifier):
+        for batch in loader:
+            batch = send_to_device(batch, device)
+            index = batch.pop("index")
+            scores = classifier(batch, scores=True)
+            outcome = [index, *own.graded(scores, batch["labels"])]
+            if "characters" in batch:
+                outcome.append((scores / batch["characters"]).argmax(-1))
+            found.append(outcome)
+    # Once, at the end: processes have batches of unequal sizes. What comes twice is the same.
+    columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    if world > 1:
+        columns = [torch.cat(gather_object([column.cpu()])) for column in columns]
+    index, *values = (column.cpu().numpy() for column in columns)
+    nll, predicted, *more = (_placed(index, value) for value in values)
+    return nll, predicted, more[0] if more else None
+
+
+def _placed(index: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`values` at the places that `index` gives."""
+    placed = np.zeros(index.max() + 1, dtype=values.dtype)
+    placed[index] = values
+    return placed
 
 
 def sharded(model) -> bool:

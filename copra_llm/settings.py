@@ -317,7 +317,7 @@ class TrainSettings:
     max_steps: int = setting(-1, "Optimizer steps; -1: --num_train_epochs decides.")
     num_train_epochs: float = setting(3.0, "Passes over the training data, if --max_steps is -1.")
     per_device_train_batch_size: int = setting(16, "Examples a device takes in one forward pass.")
-    per_device_eval_batch_size: int = setting(64, "Examples a device takes in one evaluation pass.")
+    per_device_eval_batch_size: int = setting(64, "Most examples a device takes in one evaluation pass.")
     gradient_accumulation_steps: int = setting(1, "Forward passes to one optimizer step; they share one mask.")
     learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.")
     loraplus_lr_ratio: float | None = setting(None, "LoRA+: the factors B learn so many times faster; unset: alike.")

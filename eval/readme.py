@@ -38,6 +38,7 @@ from copra_llm.summaries.speed import (
     clip_table,
     coalitions_table,
     estimators_table,
+    evaluation_table,
     goals_table,
     instruct_table,
     merging_table,
@@ -192,6 +193,7 @@ PAGES = {
         "merging": (merging_table, "speed"),
         "shapley": (estimators_table, "speed"),
         "coalitions": (coalitions_table, "speed"),
+        "evaluation": (evaluation_table, "speed"),
     },
 }
 

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from copra_llm.batches import WINDOW, BatchStream, EncodedSplit, encode_split, eval_loader, train_loader, window_batches
+from copra_llm.batches import (
+    WINDOW,
+    BatchStream,
+    EncodedSplit,
+    encode_split,
+    eval_batches,
+    eval_loader,
+    train_loader,
+    window_batches,
+)
 from copra_llm.errors import InputError
 from copra_llm.tasks.mtl15 import Example, get_task
 
@@ -152,6 +161,44 @@ def test_loaders_hand_over_the_right_rows():
     assert [i for batch in evaluated for i in batch["index"].tolist()] == [3, 1, 4, 2, 0]
     assert all(b["encoded"] == [split.encoded[i] for i in b["index"]] for b in evaluated)
     assert all(b["labels"].tolist() == [split.labels[i] for i in b["index"]] for b in evaluated)
+
+
+def cost(lengths: np.ndarray, batches: list[np.ndarray], pass_tokens: int) -> int:
+    return sum(len(batch) * lengths[batch].max() + pass_tokens for batch in batches)
+
+
+def cheapest(lengths: np.ndarray, batch_size: int, pass_tokens: int) -> int:
+    """Of all ways to cut the examples in order of length, by trying each."""
+    order, n = np.argsort(-lengths, kind="stable"), len(lengths)
+    cuts = (np.flatnonzero([code >> i & 1 for i in range(n - 1)]) + 1 for code in range(2 ** (n - 1)))
+    ways = (np.split(order, cut) for cut in cuts)
+    return min(cost(lengths, way, pass_tokens) for way in ways if max(map(len, way)) <= batch_size)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("batch_size", "pass_tokens"), [(1, 64), (3, 0), (4, 20), (9, 64), (9, 2048)])
+def test_batches_of_evaluation_are_the_cheapest(seed: int, batch_size: int, pass_tokens: int):
+    """Every example once, longest first, no batch too large, and no other cut costs less."""
+    lengths = np.random.default_rng(seed).integers(1, 100, 9)
+    batches = eval_batches(lengths, batch_size, pass_tokens)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(9))
+    assert (np.diff(lengths[np.concatenate(batches)]) <= 0).all() and max(map(len, batches)) <= batch_size
+    assert cost(lengths, batches, pass_tokens) == cheapest(lengths, batch_size, pass_tokens)
+
+
+def test_examples_of_one_length_fill_their_batches():
+    """The fullest first, so that a device without the memory says so at once."""
+    assert [len(batch) for batch in eval_batches(np.full(11, 7), 4)] == [4, 4, 3]
+
+
+@pytest.mark.parametrize(("n", "world"), [(7, 2), (5, 3), (2, 4)])
+def test_processes_share_the_batches_of_evaluation(n: int, world: int):
+    """Together they have all of them, and each has as many: whoever shards a model waits in each."""
+    split = make_split(n)
+    loaders = [eval_loader(Echo(), split, 1, rank=rank, world=world) for rank in range(world)]
+    seen = [[i for batch in loader for i in batch["index"].tolist()] for loader in loaders]
+    assert {len(own) for own in seen} == {-(-n // world)}
+    assert set(sum(seen, [])) == set(range(n))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 8, 12])

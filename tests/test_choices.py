@@ -217,7 +217,7 @@ def test_nothing_is_written_of_bad_input(root, tmp_path, capsys, words, expected
 @pytest.mark.parametrize("name", sorted(RECORDS))
 def test_scores_are_those_of_each_choice_alone(config, adapters, name, shares, monkeypatch):
     """Padding, unequal numbers of choices and shared prefixes change nothing beyond float32's rounding."""
-    monkeypatch.setattr("copra_llm.choice_model._shares_prefixes", lambda model, max_length: shares)
+    monkeypatch.setattr("copra_llm.choice_model.wide_enough", lambda model, max_length: shares)
     bench = build(config(), [name], adapter=adapters[0], splits=("test",))
     split, model = bench.splits["test"][name], bench.classifier.eval()
     assert any(e.shared for e in split.encoded) == shares
@@ -305,7 +305,7 @@ def test_interpolation_pruning_and_shapley_values(config, adapters):
 
 def test_coalitions_are_run_one_at_a_time(config, adapters, monkeypatch):
     """An example has several rows, and not all as many: coalitions side by side are refused, and said to be."""
-    monkeypatch.setattr("copra_llm.choice_model._shares_prefixes", lambda model, max_length: False)
+    monkeypatch.setattr("copra_llm.choice_model.wide_enough", lambda model, max_length: False)
     evaluator = AdapterEvaluator(config(), ["arc_easy"], "test")
     game = CoalitionGame(evaluator, load_adapter_weights(adapters[0]), "arc_easy", pack=2)
     assert game.pack == 1 and "several rows an example" in game.note

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from copra_llm.classifiers import build_classifier, make_head, mean_pool, read_heads
 from copra_llm.errors import InputError
+from copra_llm.label_tree import label_tree, takes_trees
 from copra_llm.models import add_adapter, load_base
 from copra_llm.settings import LoraSettings, ModelSettings
 from copra_llm.tasks.mtl15 import Example, Task, get_task
@@ -26,9 +29,9 @@ REVIEWS = [
 ]
 
 
-def build(folder: Path, task: Task, max_length: int = 200, **options):
+def build(folder: Path, task: Task, max_length: int = 200, settings: dict | None = None, **options):
     """A classifier with an adapter that does something (B is not zero)."""
-    base = load_base(ModelSettings(model_name_or_path=str(folder)))
+    base = load_base(ModelSettings(model_name_or_path=str(folder), **settings or {}))
     heads = {task.name: make_head(base, task, "label_words", 0)} if base.kind == "encoder" else {}
     model = add_adapter(base, LoraSettings(lora_r=4), init_seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -118,6 +121,75 @@ def test_padding_changes_neither_score_nor_gradient(model: str, request):
     alone = [torch.autograd.grad(classifier(collate(classifier, task, [e])), trained) for e in REVIEWS]
     for i, gradient in enumerate(together):
         torch.testing.assert_close(gradient, sum(g[i] for g in alone) / len(REVIEWS), rtol=1e-4, atol=1e-4)
+
+
+def causal_of_every_kind(folder: Path, kind: str) -> Path:
+    """A model whose attention is added up, or one that knows positions from its mask alone."""
+    from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
+
+    if kind == "bloom":
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        folder = folder.parent / "tiny_bloom"
+        torch.manual_seed(0)
+        config = BloomConfig(
+            vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4, pad_token_id=tokenizer.pad_token_id
+        )
+        BloomForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "trees"), [("sdpa", True), ("eager", True), ("bloom", False)])
+def test_every_kind_of_attention_gives_the_likelihoods(tiny_llama, kind: str, trees: bool):
+    """In one pass where the model heeds the tree's mask, label by label where it does not."""
+    task = get_task("dbpedia")
+    examples = [Example({"title": "x", **e.fields}, e.label) for e in REVIEWS]
+    attention = {} if kind == "bloom" else {"attn_implementation": kind}
+    classifier = build(causal_of_every_kind(tiny_llama, kind), task, settings=attention)
+    assert (classifier._mask_dtype is not None) == trees
+    passes = []
+    classifier.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        scores = classifier(collate(classifier, task, examples), scores=True)
+    assert (len(passes) == 1) == trees
+    torch.testing.assert_close(scores.double(), reference_scores(classifier, task, examples), **CLOSE)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_trees_of_any_labels_give_the_likelihoods(tiny_llama, seed: int):
+    """Random labels of one to five tokens of few kinds: deep trees, and labels that share all but the last token."""
+    rng = np.random.default_rng(seed)
+    task = get_task("amazon")
+    classifier = build(tiny_llama, task)
+    labels = {tuple(rng.integers(10, 13, rng.integers(1, 6)).tolist()) for _ in range(6)}
+    label_ids = [list(ids) for ids in sorted(labels) if not any(o != ids and o[: len(ids)] == ids for o in labels)]
+    tree = label_tree(label_ids)
+    assert len(tree) == len({tuple(ids[:k]) for ids in label_ids for k in range(1, len(ids))})
+    classifier.trees["amazon"] = tree
+    batch = collate(classifier, task, REVIEWS)
+    with torch.no_grad():
+        together = classifier(batch, scores=True)
+        apart = classifier._label_by_label(batch, label_ids)
+    torch.testing.assert_close(together, apart, **CLOSE)
+
+
+def test_a_model_that_ignores_the_trees_mask_is_not_given_one(tiny_llama, monkeypatch):
+    """The trial sees it, and gives up as well where a model refuses such a mask."""
+    model = load_base(ModelSettings(model_name_or_path=str(tiny_llama))).model
+    assert takes_trees(model, 200)
+    forward = type(model).forward
+
+    def deaf(self, *args, attention_mask=None, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    def refusing(self, *args, attention_mask=None, **kwargs):
+        if attention_mask is not None:
+            raise ValueError("a mask of two dimensions, please")
+        return forward(self, *args, **kwargs)
+
+    for own in (deaf, refusing):
+        monkeypatch.setattr(type(model), "forward", functools.wraps(forward)(own))
+        assert not takes_trees(model, 200)
 
 
 def test_a_label_that_begins_another_is_compared_with_its_end(tiny_llama):

@@ -190,8 +190,9 @@ def test_coalitions_side_by_side_agree_up_to_rounding(make_game, one_token, mode
 # --- models that do not allow it --------------------------------------------------------------------------
 
 
-def test_a_cache_holds_one_coalition(make_game):
-    """Labels of several tokens: said, and right."""
+def test_a_cache_holds_one_coalition(make_game, monkeypatch):
+    """Labels of several tokens on a model that reads them one by one: said, and right."""
+    monkeypatch.setattr("copra_llm.classifiers.takes_trees", lambda model, max_length: False)
     game = make_game("tiny_llama", "agnews", pack=4)
     assert game.pack == 1 and game.note.startswith("one coalition a pass instead of 4")
     coalitions = random_coalitions(6, game.n_players)

@@ -224,7 +224,7 @@ MEASURED = {"lora/base": 1.10, "copra/truncated": 1.085, "copra/peft": 0.90, "tr
 def test_goals():
     """Met, missed, and neither in all rounds; of the model and precision that the goals are about."""
     other = made(dict.fromkeys(MEASURED, 9.0), model="minilm")
-    evaluation = Result("speed_evaluation", {"limit": 0.5}, {"ratio/geometric_mean": 0.4})
+    evaluation = Result("speed_evaluation", {}, {"ratio/geometric_mean": 3.2})
     rows = [[cell.strip() for cell in line.strip("|").split("|")]
             for line in goals_table([other, evaluation, made(MEASURED)]).splitlines()[2:]]  # fmt: skip
     assert [row[1:] for row in rows] == [
@@ -233,9 +233,10 @@ def test_goals():
         ["CPU", "≤ 0.80", "0.90 [0.89, 0.91]", "0.84 [0.83, 0.85]", "not met"],
         ["CPU", "≤ 0.72", "0.50 [0.49, 0.51]", "–", "met"],
         ["CPU", "≤ 0.80", "0.80 [0.79, 0.81]", "–", "met, not in all rounds"],
-        ["CPU", "≤ 0.50", "0.40", "–", "met"],
+        ["CPU", "≥ 3.00", "3.20", "–", "met"],
     ]
     assert len(rows) == len(GOALS) + 1 and goals_table([]) == step_counts_table([]) == ""
+    assert verdict(exact(2.9), 3.0, at_least=True) == "not met"
     assert verdict(exact(0.8), 0.8) == "met" and verdict(exact(0.81), 0.8) == "not met"
 
 

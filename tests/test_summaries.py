@@ -13,6 +13,7 @@ from copra_llm.results import Result
 from copra_llm.summaries.backends import SAME, backends_table
 from copra_llm.summaries.faults import PHASES, faults_table
 from copra_llm.summaries.mtl15 import suite_rows, suite_table
+from copra_llm.summaries.speed import evaluation_table
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
 
 
@@ -179,3 +180,22 @@ def test_the_table_of_backends_follows_the_plan():
     ]
     assert "| ZeRO-2 | – | not run yet |" in backends_table(records[1:], plan)
     assert backends_table([], plan) == ""
+
+
+def test_the_table_of_evaluations_has_a_row_a_task_and_their_mean():
+    """Naive rows where they were run; what stacking could save at most stands below."""
+    shown = {"sst2": (2, 1.9), "dbpedia": (14, 11.0)}
+    ranges = {**{name: ratio for name, (_, ratio) in shown.items()}, "geometric_mean": 4.57, "stacking/minilm": 1.0}
+    metrics = {f"{what}/{name}": ratio + shift for name, ratio in ranges.items()
+               for what, shift in (("ratio", 0), ("ratio_min", -0.1), ("ratio_max", 0.1))}  # fmt: skip
+    metrics |= {f"examples_per_second/{name}": 12.5 for name in shown} | {"naive_ratio/sst2": 2.6}
+    metrics |= {f"largest_difference/{name}": 2e-5 for name in shown}
+    tasks = {name: {"labels": labels, "examples": 30} for name, (labels, _) in shown.items()}
+    record = Result("speed_evaluation", {}, metrics, data={"tasks": tasks, "stacking": {"minilm": [1.0]}})
+    lines = evaluation_table([record]).splitlines()
+    assert [cells(line) for line in lines[2:5]] == [
+        ["sst2", "2", "30", "12.5", "1.90 [1.80, 2.00]", "2.6", "at most 2e-05 nats"],
+        ["dbpedia", "14", "30", "12.5", "11.00 [10.90, 11.10]", "–", "at most 2e-05 nats"],
+        ["geometric mean", "–", "–", "–", "4.57 [4.47, 4.67]", "–", "–"],
+    ]
+    assert "1.00 [0.90, 1.10] (minilm)" in lines[-1]

@@ -1,7 +1,7 @@
-"""How fast are steps, merges and coalitions, how close the Shapley estimates? Tables of the benchmarks' records.
+"""How fast are steps, merges, evaluations, coalitions, how close the Shapley estimates? Tables of the records.
 
-Ratios of merges and coalitions are of CPU seconds in one run: the other's divided by this package's. Ratios of
-estimates are of errors: this package's divided by the other's.
+Ratios of merges, evaluations and coalitions are of CPU seconds in one run: the other's divided by this package's.
+Ratios of estimates are of errors: this package's divided by the other's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,16 @@ from collections.abc import Iterable
 from operator import itemgetter
 
 from copra_llm.estimates import Estimate
-from copra_llm.figures.steps import CONTENDERS, GOALS, JUDGED, device_of, ratio_of, step_records, verdict
+from copra_llm.figures.steps import (
+    CONTENDERS,
+    EVALUATION_GOAL,
+    GOALS,
+    JUDGED,
+    device_of,
+    ratio_of,
+    step_records,
+    verdict,
+)
 from copra_llm.report.tables import markdown_table
 from copra_llm.results import Result
 
@@ -63,9 +72,10 @@ def goals_table(results: Iterable[Result]) -> str:
                 floor = None if goal.floor is None else ratio_of(r, goal.floor)
                 rows.append((goal.what, device_of(r), f"≤ {goal.limit:.2f}", ratio, floor, verdict(ratio, goal.limit)))
     for r in (r for r in results if r.protocol == "speed_evaluation"):
-        limit, ratio = r.config.get("limit"), ratio_of(r, "geometric_mean")
-        said = (None, None) if limit is None else (f"≤ {limit:.2f}", verdict(ratio, limit))
-        rows.append(("evaluation on MTL15, geometric mean", device_of(r), said[0], ratio, None, said[1]))
+        ratio = ratio_of(r, "geometric_mean")
+        what = "MTL15 evaluation, examples a second over scoring each label apart, geometric mean"
+        rows.append((what, device_of(r), f"≥ {EVALUATION_GOAL:.2f}", ratio, None,
+                     verdict(ratio, EVALUATION_GOAL, at_least=True)))  # fmt: skip
     columns = [("ratio",), ("on",), ("goal",), ("measured", ".2f"), ("its floor", ".2f"), ("",)]
     return markdown_table(columns, rows)
 
@@ -87,6 +97,25 @@ def step_counts_table(results: Iterable[Result]) -> str:
                ("operations × base", ".3f"), ("bytes moved at least × base", ".2f"), ("saved for backward [MB]", ".0f"),
                ("peak memory [GB]", ".2f")]  # fmt: skip
     return markdown_table(columns, rows)
+
+
+def evaluation_table(results: Iterable[Result]) -> str:
+    """Markdown: examples a second of evaluating each task, against every label as a row of its own."""
+    rows, notes = [], []
+    for r in (r for r in results if r.protocol == "speed_evaluation"):
+        for name, cell in r.data["tasks"].items():
+            naive = r.metrics.get(f"naive_ratio/{name}")
+            far = f"at most {r.metrics[f'largest_difference/{name}']:.0e} nats"
+            rows.append((name, cell["labels"], cell["examples"], r.metrics[f"examples_per_second/{name}"],
+                         _ratio(r, name), naive, far))  # fmt: skip
+        rows.append(("geometric mean", None, None, None, _ratio(r, "geometric_mean"), None, None))
+        stacked = [f"{_ratio(r, key):.2f} ({key.removeprefix('stacking/')})"
+                   for key in (f"stacking/{model}" for model in r.data["stacking"])]  # fmt: skip
+        if stacked:
+            notes.append(f"Four batches, one after the other / in one pass, the base alone: {', '.join(stacked)}.\n")
+    columns = [("task",), ("labels",), ("examples",), ("examples a CPU second", ".1f"), ("× labels apart", ".2f"),
+               ("× naive", ".1f"), ("losses differ by",)]  # fmt: skip
+    return "\n".join([markdown_table(columns, rows), *notes])
 
 
 def instruct_table(results: Iterable[Result]) -> str:
