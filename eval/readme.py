@@ -44,7 +44,7 @@ from copra_llm.summaries.speed import (
     merging_table,
     step_counts_table,
 )
-from copra_llm.summaries.study import against_table, means_table, stability_table, tasks_table
+from copra_llm.summaries.study import against_table, means_table, progress_table, stability_table, tasks_table
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
 from copra_llm.summaries.together import federated_table, multitask_details, multitask_table
 
@@ -118,6 +118,11 @@ def study_plan() -> dict[str, Comparison]:
     return read_study(EVAL / "study" / "plan.yaml")
 
 
+def study_progress(records: Sequence[Result]) -> str:
+    """What there is of every entry of eval/study's plan."""
+    return progress_table(records, study_plan())
+
+
 STUDIED = ("screening", "headline", "smollm2", "clip", "factors", "granularity", "steps", "equal_cost", "evenness")
 """Entries of eval/study's plan, in the order of its page."""
 TABLES = {
@@ -179,6 +184,7 @@ PAGES = {
         **{f"{name}_against": (of_study(name, against_table), "study") for name in STUDIED},
         "headline_fused": (of_study("headline", tasks_table("fusion")), "study"),
         "headline_single": (of_study("headline", tasks_table("single")), "study"),
+        "progress": (study_progress, "study"),
         "stability": (of_study("headline", stability_table), "study"),
         "unequal": (federated_table, "study/results-clients"),
         "federated": (federated_table, "federated"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -13,7 +14,7 @@ from copra_llm.figures.study import against, outcomes, over_tasks
 from copra_llm.protocols import runs
 from copra_llm.protocols.comparisons import Comparison, cells
 from copra_llm.results import Result
-from copra_llm.summaries.study import SCREENING, against_table, means_table, tasks_table
+from copra_llm.summaries.study import SCREENING, against_table, means_table, progress_table, tasks_table
 
 
 def line_of(run, pair: tuple[int, int], single: float, fused: float) -> Result:
@@ -62,6 +63,14 @@ def test_a_seed_that_not_every_task_has_does_not_count_yet():
 
 def _seeds(r: Result) -> list[int]:
     return r.config.get("seeds") or [r.config["seed"]]
+
+
+def test_the_page_says_how_far_the_study_has_come():
+    made = [r for r in synthetic(ONE_RATE) if 2 not in _seeds(r)]
+    whole = dataclasses.replace(ONE_RATE, points={"fusion": 3})
+    (row,) = progress_table(made, {"a": whole}).splitlines()[2:]
+    assert row.startswith("| a | minilm | 2 | 2 | 3 | 8 of 12 | 4 of 12 |")
+    assert progress_table([], {"a": whole}) == ""
 
 
 def test_untuned_rows_are_compared_at_equal_settings_and_screening_says_so():

@@ -7,8 +7,9 @@ intervals are made is in `copra_llm.figures.study`.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from copra_llm.estimates import Estimate, seed_estimate
@@ -127,6 +128,27 @@ def stability_table(results: Iterable[Result], comparison: Comparison) -> str:
     """
     rows = rows_of(results, comparison)
     return schedules_table(r for row in rows for r in row.records if set(tasks_of(r)) <= set(comparison.tuned_on))
+
+
+def progress_table(results: Iterable[Result], comparisons: Mapping[str, Comparison]) -> str:
+    """Markdown, a row an entry: how many of its runs and lines there are, and how long its records took to make.
+
+    What two entries share counts in both; the runs that only decided about settings count in neither.
+    """
+    results, lines = list(results), []
+    for name, comparison in comparisons.items():
+        records = [r for row in rows_of(results, comparison) for r in row.records]
+        each = sum(len(c.candidates) if comparison.tune == "none" else 1 for c in cells(comparison))
+        each *= len(comparison.tasks)
+        wanted = {"train": each * len(comparison.seeds),
+                  "interpolation": each * math.comb(len(comparison.seeds), 2) * len(comparison.points)}  # fmt: skip
+        there = (f"{sum(r.protocol == kind for r in records)} of {count}" for kind, count in wanted.items())
+        model = portable_name(comparison.model)
+        lines.append((name, model, len(comparison.tasks), len(cells(comparison)), len(comparison.seeds), *there,
+                      sum(r.seconds for r in records) / 3600))  # fmt: skip
+    columns = [("entry",), ("model",), ("tasks", "d"), ("cells", "d"), ("seeds", "d"), ("runs",),
+               ("lines between seeds",), ("hours", ".1f")]  # fmt: skip
+    return markdown(table("", columns, lines, heads=7)) if results else ""
 
 
 def rows_of(results: Iterable[Result], comparison: Comparison) -> list[Row]:
