@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 import shutil
 import sys
@@ -29,12 +28,12 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, send_to_device
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from copra_llm.adapter_files import RESULT
-from copra_llm.batches import BatchStream, train_loader
+from copra_llm.batches import BatchStream, EncodedSplit, train_loader
 from copra_llm.best import BestAdapter
 from copra_llm.build import Workbench, build
 from copra_llm.checkpoint import (
@@ -228,7 +227,7 @@ def fit(
     best = BestAdapter(backend, folder, settings, lambda step: schedule.settled((first + step) / whole), progress)
     keep_at = {step_at(fraction, total_steps) for fraction in settings.checkpoint_at}
     batches = iter(accelerator.prepare_data_loader(loader))
-    batches = _see_shared_inputs(accelerator, gates, classifier, batches)
+    _see_shared_inputs(accelerator, gates, classifier, splits[0])
     logged = _RunningLoss(accelerator.device, *progress.unlogged)
     clock = time.time() - progress.seconds
     noise = noisy_embeddings(bench.base.model, settings.neftune_noise_alpha)
@@ -290,17 +289,16 @@ def fit(
 
 
 def _see_shared_inputs(
-    accelerator: Accelerator, gates: LayerGates, classifier: torch.nn.Module, batches: Iterator[dict]
-) -> Iterator[dict]:
-    """Show the gates one forward pass, and give back the batch that it took.
+    accelerator: Accelerator, gates: LayerGates, classifier: torch.nn.Module, split: EncodedSplit
+) -> None:
+    """Show the gates a forward pass over one example.
 
     Before the first step, also of a resumed run: which layers are computed together decides in which order they round.
     """
-    first = list(itertools.islice(batches, 1))
-    if first:
-        with scoring(accelerator, classifier):
-            gates.find_shared_inputs(lambda: classifier(first[0]))
-    return itertools.chain(first, batches)
+    collate = accelerator.unwrap_model(classifier).collate
+    batch = send_to_device(collate(split.task, [split.view(0)], split.labels[:1]), accelerator.device)
+    with scoring(accelerator, classifier):
+        gates.find_shared_inputs(lambda: classifier(batch))
 
 
 def next_step(accelerator: Accelerator, batches: Iterator[dict], count: int) -> list[dict]:
