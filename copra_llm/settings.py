@@ -323,6 +323,10 @@ class TrainSettings:
     use_liger_kernel: bool = setting(
         False, "Liger's kernels for norms, rotary positions and MLPs (needs a GPU and liger-kernel)."
     )
+    torch_compile: bool = setting(
+        False, "Compile each transformer block (torch.compile): some time at first, less in each step of a long run."
+    )
+    torch_compile_backend: str = setting("inductor", "Backend of --torch_compile.")
     seed: int = setting(0, "Feeds the three seeds below where they are unset.")
     init_seed: int | None = setting(None, "Seed of the adapter's initialisation.")
     data_seed: int | None = setting(None, "Seed of the data order and of dropout.")

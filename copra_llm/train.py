@@ -32,6 +32,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from tqdm import tqdm
 from transformers import get_scheduler
 
+from copra_llm.activations import checkpoint_activations, no_cache_by_default
 from copra_llm.adapter_files import RESULT
 from copra_llm.batches import BatchStream, train_loader
 from copra_llm.best import BestAdapter
@@ -49,6 +50,7 @@ from copra_llm.checkpoint import (
     save_checkpoint,
     sole_writer,
 )
+from copra_llm.compiled import check_compile, compiled_blocks
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, Preempted
 from copra_llm.evaluate import evaluate, load_metrics
@@ -113,6 +115,8 @@ def _train(accelerator: Accelerator, config: RunConfig, tasks: list[str], folder
         accelerator.init_trackers("copra_llm", config=shown)
     if config.train.use_liger_kernel:
         check_liger(accelerator.device)
+    if config.train.torch_compile:
+        check_compile(config, accelerator.device)
     more_metrics = load_metrics(config.train.metrics)
     bench = build(config, tasks)
     check_same_base(accelerator, bench.base.fingerprint)
@@ -230,7 +234,10 @@ def fit(
     clock = time.time() - progress.seconds
     noise = noisy_embeddings(bench.base.model, settings.neftune_noise_alpha)
     signals = sigterm(accelerator, settings.ddp_timeout)
-    with noise, _bar(accelerator, progress.step, total_steps) as bar, signals as asked_to_stop:
+    backend_name = settings.torch_compile_backend if settings.torch_compile else None
+    compiled = compiled_blocks(bench.base.model, gates.keys, backend_name)
+    caching = no_cache_by_default(bench.base.model)
+    with noise, caching, compiled, _bar(accelerator, progress.step, total_steps) as bar, signals as asked_to_stop:
         for step in range(progress.step, total_steps):
             now = first + step  # of `whole`: the run may be a part of a longer one
             p = schedule(now / whole)
@@ -317,16 +324,6 @@ class _RunningLoss:
         self.sum.zero_()
         self.count = 0
         return mean
-
-
-def checkpoint_activations(model) -> None:
-    """Recompute activations in the backward pass, without making autograd visit every layer.
-
-    transformers lets the embedding's output require a gradient, which reentrant checkpointing alone needs:
-    autograd would go below the lowest active layer.
-    """
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    model.disable_input_require_grads()
 
 
 def _seed_noise(seed: int, step: int, rank: int) -> None:
