@@ -79,24 +79,24 @@ def _need_compiler(device: torch.device) -> None:
 
 
 @contextmanager
-def compiled_blocks(model: nn.Module, keys: Sequence[str], backend: str | None) -> Iterator[None]:
+def compiled_blocks(model: nn.Module, keys: Sequence[str], backend: str) -> Iterator[None]:
     """A model's blocks are compiled inside, in training mode; names, modules and hooks stay as they are.
 
     Args:
         model: with adapters.
-        keys: names of its adapted blocks (`LayerGates.keys`).
-        backend: of `torch.compile`; None: nothing is compiled.
+        keys: names of its adapted blocks (`LayerGates.keys`); none: nothing is compiled.
+        backend: of `torch.compile`.
 
     Raises:
         InputError: if a key names no block.
     """
-    if backend is None:
+    if not keys:
         yield
         return
     import torch._dynamo
 
-    _keep_dropout_whole()
     with ExitStack() as stack:
+        stack.enter_context(_traceable_dropout())
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS))
         for block in _blocks(model, keys):
             stack.enter_context(replaced_forward(block, _compiled_forward(block, backend)))
@@ -138,20 +138,21 @@ def _without_checkpointing(block: nn.Module) -> Callable:
     return block.forward
 
 
-@functools.cache
-def _keep_dropout_whole() -> None:
-    """Let what draws a fused layer's dropout be one operation of a graph: the tracer knows no in-place random words."""
+@contextmanager
+def _traceable_dropout() -> Iterator[None]:
+    """A fused layer's dropout is drawn inside by operations that can be traced; on a CPU in-place ones cannot."""
+    function, fused_linear._drawn = fused_linear._drawn, _drawn
+    try:
+        yield
+    finally:
+        fused_linear._drawn = function
 
-    @torch.library.custom_op("copra_llm::dropout_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-    def dropout_mask(values: Tensor, rate: float) -> Tensor:
-        return drawn(values, rate)
 
-    @dropout_mask.register_fake
-    def _(values: Tensor, rate: float) -> Tensor:
-        return torch.empty_like(values, dtype=torch.bool)
-
-    drawn = fused_linear._drawn
-
-    @torch.compiler.substitute_in_graph(drawn)
-    def _drawn(values: Tensor, rate: float) -> Tensor:
-        return dropout_mask(values, rate)
+def _drawn(values: Tensor, rate: float) -> Tensor:
+    """As `fused_linear._drawn`, entry for entry."""
+    if values.device.type != "cpu":
+        return torch.native_dropout(values, rate, True)[1]
+    count, half = values.numel(), 2**63
+    # Out of place torch draws words less half their range, and all but the last of them.
+    words = torch.randint(-half, half - 1, ((count + 3) // 4,), dtype=torch.int64) ^ -half
+    return (words.view(torch.int16)[:count] < round((1.0 - rate) * 2**16) - 2**15).view(values.shape)

@@ -28,13 +28,13 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from copra_llm.activations import checkpoint_activations, no_cache_by_default
 from copra_llm.adapter_files import RESULT
-from copra_llm.batches import BatchStream, train_loader
+from copra_llm.batches import Ahead, BatchStream, train_loader
 from copra_llm.best import BestAdapter
 from copra_llm.build import Workbench, build
 from copra_llm.checkpoint import (
@@ -222,7 +222,8 @@ def fit(
         start=(first + progress.step) * micro_batches,
         stop=(first + total_steps) * micro_batches,
     )
-    loader = train_loader(classifier, splits, stream, settings.per_device_train_batch_size)
+    ahead = Ahead.asked(settings, accelerator.device)
+    loader = train_loader(classifier, splits, stream, settings.per_device_train_batch_size, ahead)
     backend = bench.backend = backend_of(accelerator, settings)
     bench.classifier = classifier = backend.prepare(classifier, optimizer, gates)
     classifier.train()
@@ -234,10 +235,10 @@ def fit(
     clock = time.time() - progress.seconds
     noise = noisy_embeddings(bench.base.model, settings.neftune_noise_alpha)
     signals = sigterm(accelerator, settings.ddp_timeout)
-    backend_name = settings.torch_compile_backend if settings.torch_compile else None
-    compiled = compiled_blocks(bench.base.model, gates.keys, backend_name)
-    caching = no_cache_by_default(bench.base.model)
-    with noise, caching, compiled, _bar(accelerator, progress.step, total_steps) as bar, signals as asked_to_stop:
+    regions = gates.keys if settings.torch_compile else []
+    compiled = compiled_blocks(bench.base.model, regions, settings.torch_compile_backend)
+    uncached = no_cache_by_default(bench.base.model)
+    with noise, uncached, compiled, _bar(accelerator, progress.step, total_steps) as bar, signals as asked_to_stop:
         for step in range(progress.step, total_steps):
             now = first + step  # of `whole`: the run may be a part of a longer one
             p = schedule(now / whole)
@@ -359,6 +360,7 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=settings.gradient_accumulation_steps, sync_with_dataloader=False
         ),
+        dataloader_config=DataLoaderConfiguration(non_blocking=settings.dataloader_pin_memory),
         log_with=settings.report_to or None,
         project_dir=str(folder),
         step_scheduler_with_optimizer=False,
