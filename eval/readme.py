@@ -33,7 +33,14 @@ from copra_llm.summaries.pruning import (
     structured_table,
 )
 from copra_llm.summaries.shapley import shapley_details, shapley_table
-from copra_llm.summaries.speed import clip_table, coalitions_table, estimators_table, instruct_table, merging_table
+from copra_llm.summaries.speed import (
+    clip_table,
+    coalitions_table,
+    compile_table,
+    estimators_table,
+    instruct_table,
+    merging_table,
+)
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
 from copra_llm.summaries.together import federated_table, multitask_details, multitask_table
 
@@ -151,6 +158,7 @@ PAGES = {
         "merging": (merging_table, "speed"),
         "shapley": (estimators_table, "speed"),
         "coalitions": (coalitions_table, "speed"),
+        "compile": (compile_table, "speed"),
     },
 }
 

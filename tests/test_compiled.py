@@ -26,7 +26,7 @@ from copra_llm.results import read_result
 from copra_llm.train import train_adapter
 
 STATES = 4
-"""Adapters open or closed, input with or without a gradient."""
+"""Adapters open or closed, input with or without a gradient; twice as many where some batches have no padding."""
 CPU = torch.device("cpu")
 
 
@@ -62,30 +62,29 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("model", "changes", "graphs"),
+    ("model", "changes"),
     [
-        ("tiny_llama", {}, STATES),
-        ("tiny_llama", {"lora_dropout": 0.2, "gradient_checkpointing": True}, STATES),
-        ("tiny_llama", {"use_fused_lora": False, "gradient_accumulation_steps": 2}, STATES),
-        ("tiny_bert", {"lora_dropout": 0.2}, STATES),
+        ("tiny_llama", {}),
+        ("tiny_llama", {"lora_dropout": 0.2, "gradient_checkpointing": True}),
+        pytest.param("tiny_llama", {"use_fused_lora": False, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
+        ("tiny_bert", {"lora_dropout": 0.2}),
     ],
     ids=["plain", "dropout, checkpointing", "accumulation", "encoder"],
 )
-def test_a_schedule_takes_four_graphs_and_gives_the_same_adapter(model, changes, graphs, request, tmp_path):
+def test_a_schedule_takes_a_graph_a_state_and_gives_the_same_adapter(model, changes, request, tmp_path):
     """One random mask after another, and lengths that differ: each state is traced once, and no graph is broken."""
     config = settings(request.getfixturevalue(model), **changes)
     plain = trained(config, tmp_path / "plain")
     assert not counters["stats"]
     there = trained(config.replace(torch_compile=True), tmp_path / "compiled")
-    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    assert STATES <= counters["stats"]["unique_graphs"] <= 2 * STATES and not counters["graph_break"]
     assert apart(there, plain) == 0.0
-    log, metrics = zip(
-        *((r.data["log"], r.metrics) for r in map(read_result, tmp_path.glob("*/result.json"))), strict=True
-    )
-    assert log[0] == log[1] and metrics[0] == metrics[1]
+    one, other = (read_result(tmp_path / name / "result.json") for name in ("plain", "compiled"))
+    assert one.data["log"] == other.data["log"] and one.metrics == other.metrics
 
 
-def test_mixed_precision_takes_more_graphs_but_no_more_than_states(tiny_llama, tmp_path):
+@pytest.mark.slow
+def test_mixed_precision(tiny_llama, tmp_path):
     """The first block gets float32, the others bfloat16; where casts are rounded differs, within a bfloat16 step."""
     config = settings(tiny_llama, bf16=True)
     plain = trained(config, tmp_path / "plain")
@@ -94,15 +93,17 @@ def test_mixed_precision_takes_more_graphs_but_no_more_than_states(tiny_llama, t
     assert apart(there, plain) <= 2**-8
 
 
+@pytest.mark.slow
 def test_kinds_of_blocks_have_graphs_of_their_own(tiny_t5, tmp_path):
     """Encoder and decoder, and in each the first block, which makes the positions' bias: four kinds, one method."""
     config = settings(tiny_t5, max_steps=16)
     plain = trained(config, tmp_path / "plain")
     there = trained(config.replace(torch_compile=True), tmp_path / "compiled")
-    assert STATES < counters["stats"]["unique_graphs"] <= 4 * STATES
+    assert STATES < counters["stats"]["unique_graphs"] <= 8 * STATES
     assert apart(there, plain) == 0.0
 
 
+@pytest.mark.slow
 def test_what_the_default_backend_gives(tiny_llama, tmp_path):
     """Other sums, the same dropout. Measured 9e-6 after 16 steps; another dropout would be 0.8 away."""
     config = settings(tiny_llama, lora_dropout=0.2, torch_compile_backend="inductor")
@@ -130,6 +131,7 @@ def test_with_all_gates_closed_a_block_is_the_bases(tiny_llama):
 # --- runs -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted_and_files_show_nothing(tiny_llama, tmp_path):
     config = settings(tiny_llama, torch_compile=True, lora_dropout=0.2, save_steps=5)
     whole = trained(config, tmp_path / "whole")
@@ -140,7 +142,7 @@ def test_resumed_is_uninterrupted_and_files_show_nothing(tiny_llama, tmp_path):
 
 def test_two_processes(tiny_llama, tmp_path):
     """As without compilation, bit for bit."""
-    plain = settings(tiny_llama, max_steps=6)
+    plain = settings(tiny_llama, max_steps=6, checkpoint_at=[1.0])
     runs = [
         plain.replace(output_dir=str(tmp_path / name), torch_compile=name == "compiled") for name in ("a", "compiled")
     ]
