@@ -95,12 +95,15 @@ def test_mixed_precision(tiny_llama, tmp_path):
 
 @pytest.mark.slow
 def test_kinds_of_blocks_have_graphs_of_their_own(tiny_t5, tmp_path):
-    """Encoder and decoder, and in each the first block, which makes the positions' bias: four kinds, one method."""
+    """Encoder and decoder, and in each the first block, which makes the positions' bias: four kinds, one method.
+
+    Measured 9e-7 apart: sums of gradients come in another order.
+    """
     config = settings(tiny_t5, max_steps=16)
     plain = trained(config, tmp_path / "plain")
     there = trained(config.replace(torch_compile=True), tmp_path / "compiled")
     assert STATES < counters["stats"]["unique_graphs"] <= 8 * STATES
-    assert apart(there, plain) == 0.0
+    assert apart(there, plain) <= 1e-5
 
 
 @pytest.mark.slow
