@@ -68,41 +68,48 @@ def measure(model: str, precision: str, rounds: int, steps: int) -> dict:
     return {"times": times, "compiling": compiling, "config": config.flat(), "environment": about}
 
 
+def in_a_process(model: str, precision: str, rounds: int, steps: int) -> dict:
+    """`measure` with an empty cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(measure, model, precision, rounds, steps).result()
+
+
+def figures(case: str, found: dict) -> dict[str, float]:
+    """What the record says of a model and precision."""
+    plain, compiled = (found["times"][name] for name in ("plain", "compiled"))
+    medians = statistics.median(plain), statistics.median(compiled)
+    ratios = [a / b for a, b in zip(compiled, plain, strict=True)]
+    return {
+        f"seconds_per_step/{case}/plain": medians[0], f"seconds_per_step/{case}/compiled": medians[1],
+        f"ratio/{case}": medians[1] / medians[0], f"ratio_min/{case}": min(ratios), f"ratio_max/{case}": max(ratios),
+        f"compile_seconds/{case}": found["compiling"],
+    }  # fmt: skip
+
+
 @exit_on_input_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--results", type=Path, default=RECORD)
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    metrics, found = {}, {}
-    for model in SHAPES:
+    metrics, times, seconds = {}, {}, 0.0
+    for model in args.models:
         for precision in PRECISIONS:
             case = f"{model}/{precision}"
-            with tempfile.TemporaryDirectory() as cache:
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    found[case] = pool.submit(measure, model, precision, args.rounds, args.steps).result()
-            plain, compiled = (found[case]["times"][name] for name in ("plain", "compiled"))
-            ratios = [a / b for a, b in zip(compiled, plain, strict=True)]
-            saved = statistics.median(plain) - statistics.median(compiled)
-            metrics |= {
-                f"seconds_per_step/{case}/plain": statistics.median(plain),
-                f"seconds_per_step/{case}/compiled": statistics.median(compiled),
-                f"ratio/{case}": statistics.median(compiled) / statistics.median(plain),
-                f"ratio_min/{case}": min(ratios), f"ratio_max/{case}": max(ratios),
-                f"compile_seconds/{case}": found[case]["compiling"],
-            }  # fmt: skip
-            print(f"{case}: {metrics[f'ratio/{case}']:.2f} x the time of a step, {found[case]['compiling']:.0f} s to "
-                  f"compile, {saved:.3f} s saved a step", flush=True)  # fmt: skip
-    last = found[case]
-    config = last["config"] | {"output_dir": None, "rounds": args.rounds}
-    seconds = args.steps * sum(sum(map(sum, each["times"].values())) for each in found.values())
-    data = {"seconds_per_step": {case: each["times"] for case, each in found.items()}}
-    record = Result("speed_compile", config, metrics, seconds, steps=args.steps, data=data,
-                    environment=last["environment"])  # fmt: skip
-    write_result(args.results, record)
+            found = in_a_process(model, precision, args.rounds, args.steps)
+            times[case], metrics = found["times"], metrics | figures(case, found)
+            seconds += args.steps * sum(map(sum, found["times"].values()))
+            print(f"{case}: {metrics[f'ratio/{case}']:.2f} x the time of a step, {found['compiling']:.0f} s to compile",
+                  flush=True)  # fmt: skip
+            config = found["config"] | {"output_dir": None, "rounds": args.rounds, "models": args.models}
+            record = Result("speed_compile", config, metrics, seconds, steps=args.steps,
+                            data={"seconds_per_step": times}, environment=found["environment"])  # fmt: skip
+            write_result(args.results, record)
 
 
 if __name__ == "__main__":
