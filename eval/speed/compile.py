@@ -108,7 +108,7 @@ def main() -> None:
                   flush=True)  # fmt: skip
             config = found["config"] | {"output_dir": None, "rounds": args.rounds, "models": args.models}
             record = Result("speed_compile", config, metrics, seconds, steps=args.steps,
-                            data={"seconds_per_step": times}, environment=found["environment"])  # fmt: skip
+                            data={"times": times}, environment=found["environment"])  # fmt: skip
             write_result(args.results, record)
 
 
