@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from copra_llm.errors import InputError
+from copra_llm.settings import TrainSettings
 from copra_llm.tasks.mtl15 import Example, Task
 
 WINDOW = 16
@@ -136,8 +137,30 @@ class BatchStream(Sampler):
         return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, index, use, split]))
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """How batches are prepared before they are asked for."""
+
+    workers: int = 0
+    """Processes that do it; 0: the one that trains, when it asks."""
+    pinned: bool = False
+    """Whether in pinned memory, from which a GPU copies while it computes."""
+    factor: int | None = None
+    """Batches that each process is ahead; None: 2."""
+
+    @classmethod
+    def asked(cls, settings: TrainSettings, device: torch.device) -> Ahead:
+        """As the settings want it; memory is pinned for a GPU alone."""
+        pinned = settings.dataloader_pin_memory and device.type == "cuda"
+        return cls(settings.dataloader_num_workers, pinned, settings.dataloader_prefetch_factor)
+
+
 def train_loader(
-    classifier, splits: list[EncodedSplit], stream: BatchStream, batch_size: int | None = None
+    classifier,
+    splits: list[EncodedSplit],
+    stream: BatchStream,
+    batch_size: int | None = None,
+    ahead: Ahead | None = None,
 ) -> DataLoader:
     """The training stream as collated batches.
 
@@ -146,6 +169,8 @@ def train_loader(
         splits: those of the stream.
         stream: micro-batches.
         batch_size: examples of a batch, where the stream is to be cut anew; None: as it is.
+        ahead: how they are prepared; None: when they are asked for, or as the splits' views want it. Which batches
+            there are, and what is in them, does not depend on it.
 
     Raises:
         InputError: if that would bring examples of several tasks into one batch.
@@ -159,13 +184,17 @@ def train_loader(
         split = rows[0][0]
         return classifier.collate(split.task, [view for _, _, view in rows], [s.labels[i] for s, i, _ in rows])
 
+    ahead = ahead or Ahead()
+    workers = max(ahead.workers, *(split.processes() for split in splits))
     # An iterator draws a seed as it starts, by default from the global generator: that would move the dropout of a
     # run's first step, and of the first after resuming.
     return DataLoader(
         _Rows(splits, stream.seed),
         batch_sampler=_Dealt(stream, batch_size),
         collate_fn=collate,
-        num_workers=max(split.processes() for split in splits),
+        num_workers=workers,
+        pin_memory=ahead.pinned,
+        prefetch_factor=ahead.factor if workers else None,
         generator=torch.Generator(),
     )
 

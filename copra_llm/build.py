@@ -132,7 +132,7 @@ def _build_images(config: RunConfig, tasks: list[str], adapter: Path | None, spl
     inputs = image_inputs(base)
     model = _attached(base, config, adapter, start)
     classifier = DualEncoder(base, model, {run.task.name: run.prompts for run in runs}, inputs)
-    encoded = encode_images(runs, inputs, settings)
+    encoded = encode_images(runs, inputs, settings, config.train.dataloader_num_workers)
     return Workbench(base, classifier, [run.task for run in runs], encoded)
 
 

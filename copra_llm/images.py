@@ -132,15 +132,15 @@ class Views:
 
 
 def encode_images(
-    runs: list[ImageRun], inputs: ImageInputs, settings: ImageSettings
+    runs: list[ImageRun], inputs: ImageInputs, settings: ImageSettings, workers: int = 0
 ) -> dict[str, dict[str, EncodedSplit]]:
     """`{split: {task: examples}}`, as the vision tower wants them.
 
-    Training and evaluation share the memory for decoded images evenly.
+    Training and evaluation share the memory for decoded images evenly; `workers` processes decode them.
     """
     names = {split for run in runs for split in run.splits}
     shares = 2 if "train" in names and len(names) > 1 else 1
-    limit, workers = settings.image_cache_bytes // shares, settings.dataloader_num_workers
+    limit = settings.image_cache_bytes // shares
     views = {training: Views(inputs.size, limit, workers, training, inputs.crop) for training in (True, False)}
     splits: dict[str, dict[str, EncodedSplit]] = {}
     for run in runs:

@@ -42,12 +42,19 @@ def check_launch(accelerator: Accelerator, config: RunConfig) -> None:
     Raises:
         InputError: naming the setting; ToldElsewhere on the other processes.
     """
+    if config.train.torch_compile and (_wants_zero(accelerator) or _wants_fsdp(accelerator)):
+        on_main(accelerator, _refuse_compilation)
     if _wants_zero(accelerator):
         on_main(accelerator, lambda: check_zero(accelerator, config))
         choose_loading(accelerator.deepspeed_plugin, config.model.dtype)
     elif _wants_fsdp(accelerator):
         on_main(accelerator, lambda: check_fsdp(fsdp_plugin(accelerator)))
         load_on_all()
+
+
+def _refuse_compilation() -> None:
+    raise InputError("--torch_compile is for whole models, on one process or several, but DeepSpeed and FSDP divide "
+                     "them; leave one of the two out")  # fmt: skip
 
 
 def check_same_base(accelerator: Accelerator, fingerprint: str) -> None:

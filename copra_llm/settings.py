@@ -283,14 +283,12 @@ class ImageSettings:
     encoder: str = setting("both", "Which towers get adapters: both, vision or text.")
     template: str | None = setting(None, "Prompt of a class, with {} for its name; unset: the data set's own.")
     image_cache_bytes: int = setting(2**31, "Decoded images kept in memory, in bytes; those beyond are decoded anew.")
-    dataloader_num_workers: int = setting(0, "Processes that decode and transform images; 0: the one that trains.")
 
     def __post_init__(self):
         if self.shots is not None and self.shots < 1:
             raise InputError(f"--shots is {self.shots}, but must be at least 1")
-        for name in ("image_cache_bytes", "dataloader_num_workers"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} is {getattr(self, name)}, but must not be negative")
+        if self.image_cache_bytes < 0:
+            raise InputError(f"--image_cache_bytes is {self.image_cache_bytes}, but must not be negative")
         if self.shot_seed is not None and not 0 <= self.shot_seed < 2**64:
             raise InputError(f"--shot_seed is {self.shot_seed}, but must lie in [0, 2**64)")
         if self.encoder not in ENCODERS:
@@ -338,6 +336,19 @@ class TrainSettings:
     use_liger_kernel: bool = setting(
         False, "Liger's kernels for norms, rotary positions and MLPs (needs a GPU and liger-kernel)."
     )
+    torch_compile: bool = setting(
+        False, "Compile each transformer block (torch.compile): some time at first, less in each step of a long run."
+    )
+    torch_compile_backend: str = setting("inductor", "Backend of --torch_compile.")
+    dataloader_num_workers: int = setting(
+        0, "Processes that prepare batches ahead (decode images, pad texts); 0: the one that trains."
+    )
+    dataloader_pin_memory: bool = setting(
+        True, "Put batches into pinned memory, from which a GPU copies them while it computes; without one: no effect."
+    )
+    dataloader_prefetch_factor: int | None = setting(
+        None, "Batches that each of --dataloader_num_workers is ahead; unset: 2."
+    )
     seed: int = setting(0, "Feeds the three seeds below where they are unset.")
     init_seed: int | None = setting(None, "Seed of the adapter's initialisation.")
     data_seed: int | None = setting(None, "Seed of the data order and of dropout.")
@@ -374,6 +385,7 @@ class TrainSettings:
             "save_total_limit",
             "early_stopping_patience",
             "ddp_timeout",
+            "dataloader_prefetch_factor",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -384,7 +396,8 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise InputError(f"--{name} is {value}, but must be positive")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "init_seed", "data_seed", "mask_seed"):
+        seeds = ("seed", "init_seed", "data_seed", "mask_seed")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", *seeds):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise InputError(f"--{name} is {value}, but must not be negative")
@@ -402,6 +415,9 @@ class TrainSettings:
             raise InputError(f"--checkpoint_at is {self.checkpoint_at}, but fractions must lie in (0, 1]")
         if self.keeps_best and self.eval_steps is None:
             raise InputError("the best adapter was asked for, but is only known among evaluations; give --eval_steps")
+        if self.dataloader_prefetch_factor is not None and self.dataloader_num_workers == 0:
+            raise InputError(f"--dataloader_prefetch_factor is {self.dataloader_prefetch_factor}, but no process "
+                             "prepares batches; give --dataloader_num_workers too")  # fmt: skip
         if self.bf16 and self.fp16:
             raise InputError("--bf16 and --fp16 were both given; choose one")
 
@@ -441,6 +457,7 @@ class HubSettings:
 WITHOUT_EFFECT = frozenset({
     "output_dir", "data_root", "resume_from_checkpoint", "report_to", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "per_device_eval_batch_size", "max_eval_samples", "metrics", "sample_prompts", "max_new_tokens",
-    "image_cache_bytes", "dataloader_num_workers", "push_to_hub", "hub_model_id", "hub_private_repo", "ddp_timeout",
+    "image_cache_bytes", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "ddp_timeout",
 })  # fmt: skip
 """Settings on which the trained adapter does not depend."""

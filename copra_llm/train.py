@@ -28,12 +28,13 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, send_to_device
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, send_to_device
 from tqdm import tqdm
 from transformers import get_scheduler
 
+from copra_llm.activations import checkpoint_activations, no_cache_by_default
 from copra_llm.adapter_files import RESULT
-from copra_llm.batches import BatchStream, EncodedSplit, train_loader
+from copra_llm.batches import Ahead, BatchStream, EncodedSplit, train_loader
 from copra_llm.best import BestAdapter
 from copra_llm.build import Workbench, build
 from copra_llm.checkpoint import (
@@ -50,6 +51,7 @@ from copra_llm.checkpoint import (
     sole_writer,
 )
 from copra_llm.compensation import compensated, layer_scales
+from copra_llm.compiled import check_compile, compiled_blocks
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, Preempted
 from copra_llm.evaluate import evaluate, load_metrics, scoring
@@ -114,6 +116,8 @@ def _train(accelerator: Accelerator, config: RunConfig, tasks: list[str], folder
         accelerator.init_trackers("copra_llm", config=shown)
     if config.train.use_liger_kernel:
         check_liger(accelerator.device)
+    if config.train.torch_compile:
+        check_compile(config, accelerator.device)
     more_metrics = load_metrics(config.train.metrics)
     bench = build(config, tasks)
     check_same_base(accelerator, bench.base.fingerprint)
@@ -219,7 +223,8 @@ def fit(
         start=(first + progress.step) * micro_batches,
         stop=(first + total_steps) * micro_batches,
     )
-    loader = train_loader(classifier, splits, stream, settings.per_device_train_batch_size)
+    ahead = Ahead.asked(settings, accelerator.device)
+    loader = train_loader(classifier, splits, stream, settings.per_device_train_batch_size, ahead)
     backend = bench.backend = backend_of(accelerator, settings)
     bench.classifier = classifier = backend.prepare(classifier, optimizer, gates)
     classifier.train()
@@ -227,12 +232,16 @@ def fit(
     best = BestAdapter(backend, folder, settings, lambda step: schedule.settled((first + step) / whole), progress)
     keep_at = {step_at(fraction, total_steps) for fraction in settings.checkpoint_at}
     batches = iter(accelerator.prepare_data_loader(loader))
-    _see_shared_inputs(accelerator, gates, classifier, splits[0])
+    if not settings.torch_compile:  # which joins operations by itself
+        _see_shared_inputs(accelerator, gates, classifier, splits[0])
     logged = _RunningLoss(accelerator.device, *progress.unlogged)
     clock = time.time() - progress.seconds
     noise = noisy_embeddings(bench.base.model, settings.neftune_noise_alpha)
     signals = sigterm(accelerator, settings.ddp_timeout)
-    with noise, _bar(accelerator, progress.step, total_steps) as bar, signals as asked_to_stop:
+    regions = gates.keys if settings.torch_compile else []
+    compiled = compiled_blocks(bench.base.model, regions, settings.torch_compile_backend)
+    uncached = no_cache_by_default(bench.base.model)
+    with noise, uncached, compiled, _bar(accelerator, progress.step, total_steps) as bar, signals as asked_to_stop:
         for step in range(progress.step, total_steps):
             now = first + step  # of `whole`: the run may be a part of a longer one
             p = schedule.of_layers(now / whole, gates.num_layers)
@@ -335,16 +344,6 @@ class _RunningLoss:
         return mean
 
 
-def checkpoint_activations(model) -> None:
-    """Recompute activations in the backward pass, without making autograd visit every layer.
-
-    transformers lets the embedding's output require a gradient, which reentrant checkpointing alone needs:
-    autograd would go below the lowest active layer.
-    """
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    model.disable_input_require_grads()
-
-
 def _seed_noise(seed: int, step: int, rank: int) -> None:
     """Dropout as a function of (seed, step, rank): a resumed run needs no generator's state."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
@@ -378,6 +377,7 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=settings.gradient_accumulation_steps, sync_with_dataloader=False
         ),
+        dataloader_config=DataLoaderConfiguration(non_blocking=settings.dataloader_pin_memory),
         log_with=settings.report_to or None,
         project_dir=str(folder),
         step_scheduler_with_optimizer=False,

@@ -37,6 +37,7 @@ from copra_llm.summaries.shapley import shapley_details, shapley_table
 from copra_llm.summaries.speed import (
     clip_table,
     coalitions_table,
+    compile_table,
     estimators_table,
     evaluation_table,
     goals_table,
@@ -200,6 +201,7 @@ PAGES = {
         "shapley": (estimators_table, "speed"),
         "coalitions": (coalitions_table, "speed"),
         "evaluation": (evaluation_table, "speed"),
+        "compile": (compile_table, "speed"),
     },
 }
 

@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
+from copra_llm.activations import checkpoint_activations
 from copra_llm.errors import InputError
 from copra_llm.gates import LayerGates
-from copra_llm.train import checkpoint_activations
 
 IDS = torch.arange(4, 4 + 2 * 9).view(2, 9)
 """Token ids `(batch 2, tokens 9)` of the tiny models."""

@@ -202,12 +202,13 @@ def test_clipping_sees_active_gradients_only(tiny_llama, tmp_path, monkeypatch):
     "changes",
     [
         {"gradient_checkpointing": True},
+        {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 3},
         {"eval_steps": 3, "save_steps": 2, "logging_steps": 5, "save_total_limit": 1, "checkpoint_at": []},
     ],
-    ids=["checkpointing", "watching"],
+    ids=["checkpointing", "batches ahead", "watching"],
 )
 def test_what_must_not_change_a_run(tiny_llama, tmp_path, changes: dict):
-    """Recomputed activations, evaluation, logging and saving on the way leave the adapter byte for byte the same."""
+    """Recomputed activations, batches made ahead, evaluation, logging and saving leave the adapter byte for byte."""
     common = {"lora_dropout": 0.2, "max_steps": 8}
     for name, more in (("plain", {}), ("changed", changes)):
         train_adapter(settings(tiny_llama, **common, **more), ["sst2"], tmp_path / name)
@@ -583,9 +584,10 @@ def test_sigterm_saves_and_stops(tiny_llama, uninterrupted, tmp_path, monkeypatc
     assert not (folder / "PREEMPTED").exists()
 
 
-def test_resuming_at_each_step_is_the_same(tiny_llama, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_at_each_step_is_the_same(tiny_llama, tmp_path, workers: int):
     """From any of its checkpoints, named by folder, a run with a trained schedule ends with the same bytes."""
-    config = settings(tiny_llama, lora_dropout=0.2, save_steps=1, warmup_steps=2)
+    config = settings(tiny_llama, lora_dropout=0.2, save_steps=1, warmup_steps=2, dataloader_num_workers=workers)
     train_adapter(config, ["sst2"], tmp_path / "straight")
     for step in (1, 3, 7, 8):
         checkpoint = tmp_path / "straight" / f"checkpoint-{step}"

@@ -148,6 +148,20 @@ def clip_table(results: Iterable[Result]) -> str:
     return markdown_table([("",), ("images a CPU second",), ("× the plain loop's", ".2f")], rows)
 
 
+def compile_table(results: Iterable[Result]) -> str:
+    """Markdown: a step with compiled blocks against one without, and after how many steps compiling has paid."""
+    rows = []
+    for r in (r for r in results if r.protocol == "speed_compile"):
+        for case in (key.removeprefix("ratio/") for key in r.metrics if key.startswith("ratio/")):
+            plain, there = (r.metrics[f"seconds_per_step/{case}/{name}"] for name in ("plain", "compiled"))
+            took = r.metrics[f"compile_seconds/{case}"]
+            pays = f"{took / (plain - there):.0f} steps" if there < plain else "never"
+            rows.append((*case.split("/"), f"{1000 * plain:.0f} ms", _ratio(r, case), f"{took:.0f} s", pays))
+    columns = [("model",), ("precision",), ("a step",), ("compiled: × its time", ".2f"), ("to compile",),
+               ("pays after",)]  # fmt: skip
+    return markdown_table(columns, rows)
+
+
 def _ratio(r: Result, key: str) -> Estimate:
     return Estimate(*(r.metrics[f"{what}/{key}"] for what in ("ratio", "ratio_min", "ratio_max")))
 

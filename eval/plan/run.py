@@ -69,6 +69,7 @@ def measured(values: dict) -> dict:
     from accelerate import Accelerator
 
     import copra_llm.train as train
+    from copra_llm.activations import checkpoint_activations
     from copra_llm.build import build
     from copra_llm.config import RunConfig
 
@@ -77,7 +78,7 @@ def measured(values: dict) -> dict:
     before = resident()
     bench = build(config, config.data.tasks, splits=("train",))
     if config.train.gradient_checkpointing:
-        train.checkpoint_activations(bench.base.model)
+        checkpoint_activations(bench.base.model)
     out_of_the_file(bench.classifier)
     lengths = [len(row) for split in bench.splits["train"].values() for row in split.encoded]
     marks: list[tuple[float, int]] = []
