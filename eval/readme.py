@@ -124,7 +124,18 @@ def study_progress(records: Sequence[Result]) -> str:
     return progress_table(records, study_plan())
 
 
-STUDIED = ("screening", "headline", "smollm2", "clip", "factors", "granularity", "steps", "equal_cost", "evenness")
+STUDIED = (
+    "screening",
+    "headline",
+    "smollm2",
+    "clip",
+    "steps",
+    "equal_cost",
+    "evenness",
+    "granularity",
+    "ways",
+    "factors",
+)
 """Entries of eval/study's plan, in the order of its page."""
 TABLES = {
     "demo": (connectivity_table, "demo"),
