@@ -1,6 +1,7 @@
 """Who takes the steps that are timed? Each trains the same adapter on the same batches, from the same start.
 
-    base         the frozen base's loss, forward and backward, with a gradient of what enters the first block
+    base         the frozen base's loss, forward and backward, with a gradient of what enters the first block; no keys and
+                 values are kept for tokens to come, as transformers would by default
     truncated    the same, with a gradient of what enters the lowest block that CopRA trains in that step
     peft         PEFT LoRA in the loop anybody would write: fused AdamW, clipping, the loss of this package
     trainer      transformers.Trainer around PEFT LoRA, its defaults
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from workloads import Workload, twin
 
+from copra_llm.activations import no_cache_by_default
 from copra_llm.batches import BatchStream, EncodedSplit, train_loader
 from copra_llm.build import Workbench
 from copra_llm.gates import LayerGates
@@ -76,7 +78,7 @@ def truncated(w, device, split, steps, seed, watch) -> float:
 def _frozen(w: Workload, device: str, split: EncodedSplit, masks: Sequence[np.ndarray], watch: Watch) -> float:
     model, cuts, losses = w.bare.train(), [lowest_blocks(w, mask) for mask in masks], []
     for blocks, batch in zip(cuts, _batches(w, model, split, len(masks), watch), strict=True):
-        with entering(blocks), _autocast(w, device):
+        with entering(blocks), no_cache_by_default(w.frozen), _autocast(w, device):
             loss = model(send_to_device(batch, device))
         loss.backward()
         losses.append(loss.detach())
@@ -209,7 +211,8 @@ def copra(w, device, split, steps, seed, watch) -> float:
 def _fitted(w: Workload, device: str, split: EncodedSplit, steps: int, watch: Watch, **changes) -> float:
     config = w.config.replace(max_steps=steps, logging_steps=steps, **changes)
     classifier = w.bench_model(twin(w.peft))
-    classifier.collate = _said(classifier.collate, watch)
+    # A pass over one example is start-up: it shows which layers take one input.
+    classifier.collate = _said(classifier.collate, watch, rows=w.batch_size)
     bench = Workbench(w.base, classifier, [w.task], {"train": {w.task.name: split}})
     own = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if config.train.bf16 else "no")
     with tempfile.TemporaryDirectory() as folder:
@@ -247,11 +250,12 @@ def _in_order(w: Workload, split: EncodedSplit, steps: int) -> list[tuple]:
     return [(split.encoded[index], split.labels[index]) for index in places]
 
 
-def _said(collate: Callable, watch: Watch) -> Callable:
-    """`collate`, of which the watch is told."""
+def _said(collate: Callable, watch: Watch, rows: int | None = None) -> Callable:
+    """`collate`, of which the watch is told; of batches of so many rows, if that is given."""
 
     def told(*args):
-        watch.begin()
+        if rows is None or len(args[1]) == rows:
+            watch.begin()
         return collate(*args)
 
     return told
