@@ -100,7 +100,8 @@ def test_nothing_is_kept_or_recomputed_below_the_lowest_active_layer(
     for i, block in enumerate(bench.base.model.model.layers):
         block.register_forward_pre_hook(lambda *args, i=i: now.__setitem__(0, i))
         block.register_forward_hook(lambda *args: now.__setitem__(0, None))
-        block.self_attn.register_forward_pre_hook(lambda *args, i=i: runs.__setitem__(i, runs[i] + 1))
+        # The pass before the first step, which trains nothing, is in evaluation mode.
+        block.self_attn.register_forward_pre_hook(lambda own, _, i=i: runs.__setitem__(i, runs[i] + own.training))
     before = {name: p.detach().clone() for name, p in bench.classifier.named_parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Who takes the steps that are timed? Each trains the same adapter on the same batches, from the same start.
 
-    base         the frozen base's loss, forward and backward, with a gradient of what enters the first block; no keys and
-                 values are kept for tokens to come, as transformers would by default
+    base         the frozen base's loss, forward and backward, with a gradient of what enters the first block; it keeps
+                 no keys and values for tokens to come, as transformers would by default
     truncated    the same, with a gradient of what enters the lowest block that CopRA trains in that step
     peft         PEFT LoRA in the loop anybody would write: fused AdamW, clipping, the loss of this package
     trainer      transformers.Trainer around PEFT LoRA, its defaults
