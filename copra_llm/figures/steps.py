@@ -47,7 +47,7 @@ GOALS = (
     Goal("CopRA's step over the frozen base truncated at the same layers", "copra/truncated", 1.08),
     Goal("CopRA's step over PEFT LoRA's in the bare loop", "copra/peft", 0.80, "truncated/peft"),
     Goal("CopRA's whole run over Trainer's with PEFT LoRA, wall clock", "whole/copra/trainer", 0.72),
-    Goal("bytes CopRA saves for the backward pass over PEFT LoRA's", "saved/copra/peft", 0.80),
+    Goal("bytes CopRA saves for the backward pass over PEFT LoRA's", "saved/copra/peft", 0.80, "saved/truncated/peft"),
 )
 """Of SmolLM2 in float32; means over CopRA's whole schedule."""
 JUDGED = {"model": "smollm2", "precision": "float32"}

@@ -88,7 +88,8 @@ def measure(args: argparse.Namespace, model: str, precision: str, device: str) -
     metrics = step_metrics(found["seconds"], found["whole"], "gpu" if device == "cuda" else "cpu")
     for name, counts in found["counts"].items():
         metrics |= {f"{key}/{name}": value for key, value in counts.items()}
-    metrics["ratio/saved/copra/peft"] = metrics["saved_bytes/copra"] / metrics["saved_bytes/peft"]
+    for name in ("truncated", "copra"):
+        metrics[f"ratio/saved/{name}/peft"] = metrics[f"saved_bytes/{name}"] / metrics["saved_bytes/peft"]
     metrics |= {f"peak_bytes/{name}": float(peak) for name, peak in peaks.items()}
     about = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "processor": processor(),
              "threads": args.threads, **found["base"]}  # fmt: skip
