@@ -87,11 +87,13 @@ def halved(words: list[str]) -> list[str]:
 
 
 def spoil(calls: int) -> None:
-    """One loss is NaN: that of a call of the classifier in this process."""
+    """One loss is NaN: that of a training pass of the classifier in this process, counted from 1."""
     honest, made = LabelWordClassifier._loss, []
 
     def loss(self, batch):
-        made.append(None)
+        # The pass before a run's first step is in evaluation mode.
+        if self.training:
+            made.append(None)
         return honest(self, batch) * (math.nan if len(made) == calls else 1.0)
 
     LabelWordClassifier._loss = loss
