@@ -134,7 +134,7 @@ def _outcomes(
                 outcome.append((scores / batch["characters"]).argmax(-1))
             found.append(outcome)
     # Once, at the end: processes have batches of unequal sizes. What comes twice is the same.
-    columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    columns = [torch.cat(parts).detach() for parts in zip(*found, strict=True)]
     if world > 1:
         columns = [torch.cat(gather_object([column.cpu()])) for column in columns]
     index, *values = (column.cpu().numpy() for column in columns)

@@ -140,7 +140,7 @@ def test_the_tools_take_it_as_any_adapter(config, tmp_path):
 
 def test_the_best_adapter_comes_back(config, tmp_path):
     """The run ends with the adapter of its least dev loss, read back from the file written for the untouched base."""
-    run = config(init_lora_weights="pissa", method="lora", learning_rate=0.3, eval_steps=1, load_best_model_at_end=True)
+    run = config(init_lora_weights="pissa", method="lora", learning_rate=3.0, eval_steps=1, load_best_model_at_end=True)
     result = train_adapter(run, ["sst2"], tmp_path)
     losses = [entry["dev/sst2/loss"] for entry in result.data["dev"]]
     assert losses.index(min(losses)) < len(losses) - 1, "or the best is the last"
