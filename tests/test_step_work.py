@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from examples import write_conversations
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import copra_llm
 from copra_llm import masks, train
 from copra_llm.activations import checkpoint_activations
 from copra_llm.build import build
@@ -20,6 +23,7 @@ from copra_llm.train import fit
 
 WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select")
 """Operations that read values of the device, or whose result has a size that depends on them."""
+OURS = [str(Path(module.__file__).parent) + os.sep for module in (copra_llm, transformers)]
 COMMON = {"max_steps": 6, "per_device_train_batch_size": 2, "max_length": 32, "lora_target_modules": ["all-linear"],
           "checkpoint_at": [], "logging_steps": 6, "gradient_accumulation_steps": 2, "lora_dropout": 0.1}  # fmt: skip
 
@@ -33,9 +37,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.name().split(".")[0] in WAITING:
-            frames = [
-                f for f in traceback.extract_stack() if "/transformers/" in f.filename or "copra_llm" in f.filename
-            ]
+            frames = [f for f in traceback.extract_stack() if any(f.filename.startswith(place) for place in OURS)]
             self.steps[-1].add((Path(frames[-1].filename).name, frames[-1].name))
         return function(*args, **kwargs or {})
 
