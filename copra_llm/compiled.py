@@ -26,10 +26,9 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from copra_llm import fused_linear
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, nearest
 from copra_llm.gates import base_name
@@ -99,7 +98,6 @@ def compiled_blocks(model: nn.Module, keys: Sequence[str], backend: str) -> Iter
     import torch._dynamo
 
     with ExitStack() as stack:
-        stack.enter_context(_traceable_dropout())
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS))
         for block in _blocks(model, keys):
             stack.enter_context(replaced_forward(block, _compiled_forward(block, backend)))
@@ -139,23 +137,3 @@ def _without_checkpointing(block: nn.Module) -> Callable:
     if isinstance(block, GradientCheckpointingLayer):
         return MethodType(type(block).forward.__wrapped__, block)
     return block.forward
-
-
-@contextmanager
-def _traceable_dropout() -> Iterator[None]:
-    """A fused layer's dropout is drawn inside by operations that can be traced; on a CPU in-place ones cannot."""
-    function, fused_linear._drawn = fused_linear._drawn, _drawn
-    try:
-        yield
-    finally:
-        fused_linear._drawn = function
-
-
-def _drawn(values: Tensor, rate: float) -> Tensor:
-    """As `fused_linear._drawn`, entry for entry."""
-    if values.device.type != "cpu":
-        return torch.native_dropout(values, rate, True)[1]
-    count, half = values.numel(), 2**63
-    # Out of place torch draws words less half their range, and all but the last of them.
-    words = torch.randint(-half, half - 1, ((count + 3) // 4,), dtype=torch.int64) ^ -half
-    return (words.view(torch.int16)[:count] < round((1.0 - rate) * 2**16) - 2**15).view(values.shape)

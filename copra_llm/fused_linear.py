@@ -64,39 +64,34 @@ def fused_forward(module: nn.Module, x: Tensor) -> Tensor:
     Returns:
         `(..., out)`.
     """
-    if type(module.base_layer) is nn.Linear:
-        return fused_together([module], x)[0]
+    together = fused_together([module], x)
+    if together is not None:
+        return together[0]
     low = _Adapter.of(module)
     return _Update.apply(module.base_layer(x), x, low.a, low.b, low.scaling, low.rate, _autocast(x) or low.a.dtype)
 
 
-def fused_together(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+def fused_together(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...] | None:
     """What `fusible` layers give for an input that all of them take, as one node.
 
     The gradient of x is summed up in one buffer, and without a dropout the factors A are one matrix.
 
     Args:
-        modules: the layers, their adapters neither disabled nor merged; several only if they are `groupable`.
+        modules: the layers, their adapters neither disabled nor merged.
         x: `(..., in)`.
 
     Returns:
-        `(..., out)` of each.
+        `(..., out)` of each; None: they are quantised, or their factors A cannot stand in one matrix.
     """
-    adapters = [_Adapter.of(module) for module in modules]
-    bases = [module.base_layer for module in modules]
+    bases, adapters = [module.base_layer for module in modules], [_Adapter.of(module) for module in modules]
+    kinds = {(type(base), low.a.dtype, low.a.device, low.a.shape[1]) for base, low in zip(bases, adapters, strict=True)}
+    if len(kinds) > 1 or type(bases[0]) is not nn.Linear:
+        return None
     parts = [(base.weight, base.bias, low.a, low.b) for base, low in zip(bases, adapters, strict=True)]
     numbers = [(low.scaling, low.rate) for low in adapters]
     autocast = _autocast(x)
     low = autocast or adapters[0].a.dtype
     return _Fused.apply(x, numbers, autocast or x.dtype, low, *itertools.chain.from_iterable(parts))
-
-
-def groupable(modules: Sequence[nn.Module]) -> bool:
-    """Whether `fusible` layers could be computed as one, if they take the same input."""
-    if any(type(module.base_layer) is not nn.Linear for module in modules):
-        return False
-    factors = [_Adapter.of(module).a for module in modules]
-    return len({(a.dtype, a.device, a.shape[1]) for a in factors}) == 1
 
 
 class _Adapter(NamedTuple):
@@ -270,8 +265,13 @@ def _drawn(values: Tensor, rate: float) -> Tensor:
     """
     if values.device.type != "cpu":
         return torch.native_dropout(values, rate, True)[1]
-    count = values.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    count, half = values.numel(), 2**63
+    if torch.compiler.is_compiling():
+        # The same words out of place, which alone can be traced: torch draws them less half their range, and all but
+        # the last of them.
+        words = torch.randint(-half, half - 1, ((count + 3) // 4,), dtype=torch.int64) ^ -half
+    else:
+        words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-half, None)
     return (words.view(torch.int16)[:count] < round((1.0 - rate) * 2**16) - 2**15).view(values.shape)
 
 

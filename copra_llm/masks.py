@@ -40,23 +40,30 @@ def sample_mask(p: float | Sequence[float], num_layers: int, *, seed: int, step:
         ValueError: if `p` or `num_layers` is out of range.
     """
     probs = _of_layers(p, num_layers)
+    alike = all(q == probs[0] for q in probs)
     mask = np.zeros(num_layers, dtype=bool)
     any_active = False
     for layer, u in enumerate(_uniforms(num_layers, seed, step)):
-        mask[layer] = u < (probs[layer] if any_active else _first_active_prob(probs[layer:]))
+        if any_active:
+            limit = probs[layer]
+        elif alike:
+            limit = _first_active_prob(probs[layer], num_layers - layer)
+        else:
+            limit = _first_of_unequal(probs[layer:])
+        mask[layer] = u < limit
         any_active = any_active or bool(mask[layer])
     return mask
 
 
 def marginal_prob(p: float, num_layers: int) -> float:
     """P(delta_l = 1) of one layer under the conditioned law: p / (1 - (1 - p)^L), and 1 / L at p = 0."""
-    return _first_active_prob([p] * num_layers)
+    return _first_active_prob(p, num_layers)
 
 
 def marginal_probs(p: Sequence[float]) -> list[float]:
     """P(delta_l = 1) of every layer under the conditioned law: p_l / (1 - prod_j (1 - p_j)); 1 / L where all are 0."""
     probs = _of_layers(p, len(p))
-    return [_first_active_prob([probs[i], *probs[:i], *probs[i + 1 :]]) for i in range(len(probs))]
+    return [_first_of_unequal([probs[i], *probs[:i], *probs[i + 1 :]]) for i in range(len(probs))]
 
 
 def _of_layers(p: float | Sequence[float], num_layers: int) -> list[float]:
@@ -67,19 +74,21 @@ def _of_layers(p: float | Sequence[float], num_layers: int) -> list[float]:
     return probs
 
 
-def _first_active_prob(left: Sequence[float]) -> float:
-    """P(delta = 1) of the first of the layers that are left, if none has been active before."""
-    p, remaining = left[0], len(left)
-    if remaining == 1:
+def _first_active_prob(p: float, remaining: int) -> float:
+    """P(delta = 1) of the first of `remaining` layers, if none has been active before."""
+    if p == 0.0:
+        return 1.0 / remaining
+    if p == 1.0 or remaining == 1:
         return 1.0
-    if all(q == p for q in left):
-        if p == 0.0:
-            return 1.0 / remaining
-        # Not the sum below: masks of one probability are the same on every machine, to the bit.
-        return 1.0 if p == 1.0 else p / -math.expm1(remaining * math.log1p(-p))
-    if 1.0 in left:
-        return p
-    return p / -math.expm1(sum(math.log1p(-q) for q in left))
+    return p / -math.expm1(remaining * math.log1p(-p))
+
+
+def _first_of_unequal(left: Sequence[float]) -> float:
+    """The same of the first of these layers."""
+    # Not the sum below where it need not be: masks of one probability are the same on every machine, to the bit.
+    if all(q == left[0] for q in left):
+        return _first_active_prob(left[0], len(left))
+    return left[0] if 1.0 in left else left[0] / -math.expm1(sum(math.log1p(-q) for q in left))
 
 
 def _uniforms(n: int, seed: int, step: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from copra_llm.fused_linear import fused_forward, fused_together, groupable
+from copra_llm.fused_linear import fused_forward, fused_together
 
 
 class SharedInput:
@@ -47,9 +47,9 @@ class SharedInput:
         # In inference mode tensors do not say when they are written to. What the layers are is asked each time: a mask
         # may leave some of them out, and somebody may have changed one since they were seen.
         fused = all(getattr(type(module), "is_fused", False) for module in self.modules)
-        if x.is_inference() or not fused or not groupable(self.modules):
+        outputs = fused_together(self.modules, x) if fused and not x.is_inference() else None
+        if outputs is None:
             return
-        outputs = fused_together(self.modules, x)
         self._ready = {id(module): output for module, output in zip(self.modules, outputs, strict=True)}
         self._x, self._version = x, x._version
 

@@ -21,9 +21,7 @@ import numpy as np
 
 from copra_llm.config import RunConfig, typed_settings
 from copra_llm.errors import InputError, named, nearest, shown
-from copra_llm.interpolate import line
-from copra_llm.merge import check_line
-from copra_llm.protocols.plans import check_runs, need_entries, read_plans
+from copra_llm.protocols.plans import check_points, check_runs, need_entries, read_plans
 from copra_llm.protocols.runs import Run
 from copra_llm.prune import Variant
 from copra_llm.results import Result
@@ -81,9 +79,7 @@ class Comparison:
         if self.reference not in self.variants:
             raise InputError(f"the plan's reference is {self.reference}{nearest(self.reference, self.variants)}, but "
                              f"must be one of its variants, {', '.join(self.variants)}")  # fmt: skip
-        for method, points in self.points.items():
-            check_line(method)
-            line(points)
+        check_points(self.points)
         self.smaller()
         for group in self.groups:
             if len(group) < 2 or not set(group) <= set(self.tasks):

@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from copra_llm.config import RunConfig
-from copra_llm.interpolate import line
-from copra_llm.merge import check_line
 from copra_llm.protocols.jobs import Job, run_jobs
-from copra_llm.protocols.plans import check_runs, need_entries
+from copra_llm.protocols.plans import check_points, check_runs, need_entries
 from copra_llm.protocols.runs import Run, Store
 from copra_llm.saved_runs import dev_score
 
@@ -48,9 +46,7 @@ class Plan:
     def __post_init__(self):
         need_entries(self, "tasks", "methods", "seeds", "learning_rate", "max_steps")
         check_runs(self.tasks, self.methods, self.settings)
-        for merge_method, points in self.points.items():
-            check_line(merge_method)
-            line(points)
+        check_points(self.points)
 
 
 def run_plan(

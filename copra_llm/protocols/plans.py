@@ -20,7 +20,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from copra_llm.adapters import AdapterWeights
 from copra_llm.config import RunConfig, typed_settings
 from copra_llm.errors import InputError, named, nearest, shown
-from copra_llm.merge import check_options, merge
+from copra_llm.interpolate import line
+from copra_llm.merge import check_line, check_options, merge
 from copra_llm.tasks.clip.catalogue import image_task_names
 from copra_llm.tasks.mtl15 import get_task
 from copra_llm.yaml_file import read_yaml, typed
@@ -103,6 +104,13 @@ def merge_rules(entries: dict[str, Any]) -> list[Rule]:
         method = options.pop("method", name)
         rules.append(Rule(name, method, check_options(method, options)))
     return rules
+
+
+def check_points(points: dict[str, int]) -> None:
+    """Refuse a plan's `{merge method: points of the line}` before anything is run."""
+    for method, count in points.items():
+        check_line(method)
+        line(count)
 
 
 def tuned_settings(plan: Any, task: str, method: str) -> dict[str, Any]:

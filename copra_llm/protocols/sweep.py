@@ -25,11 +25,10 @@ from copra_llm.adapters import AdapterWeights
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.evaluator import AdapterEvaluator
-from copra_llm.interpolate import line
-from copra_llm.merge import check_line, merge
+from copra_llm.merge import merge
 from copra_llm.protocols.jobs import Job, run_jobs
 from copra_llm.protocols.layer_values import DEFAULT_BUDGET, Plan, adapters_records, record_file
-from copra_llm.protocols.plans import check_runs, need_entries
+from copra_llm.protocols.plans import check_points, check_runs, need_entries
 from copra_llm.protocols.runs import Run, Store, portable
 from copra_llm.results import Result, pack_bits, peak_memory_bytes, write_result
 from copra_llm.saved_runs import read_run, step_at
@@ -61,9 +60,7 @@ class Sweep:
             if not isinstance(own, dict):
                 raise InputError(f"the plan's variant {name} is {own!r}, but must hold `setting: value` entries")
             check_runs(self.tasks, [own.get("method", "copra")], self.settings | own)
-        for method, points in self.points.items():
-            check_line(method)
-            line(points)
+        check_points(self.points)
         if any(not 0.0 < fraction <= 1.0 for fraction in self.fractions):
             raise InputError(f"the plan's fractions are {self.fractions}, but must lie in (0, 1]")
         if self.fractions and len(self.seeds) < 2:

@@ -9,16 +9,16 @@ precision is a process of its own.
 """
 
 import argparse
-import multiprocessing
+import json
 import os
 import resource
 import statistics
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from copra_llm.errors import exit_on_input_error
+from copra_llm.protocols.alone import alone
 from copra_llm.results import Result, write_result
 
 RECORD = Path(__file__).parent / "results" / "compile.json"
@@ -72,8 +72,8 @@ def in_a_process(model: str, precision: str, rounds: int, steps: int) -> dict:
     """`measure` with an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(measure, model, precision, rounds, steps).result()
+        asked = ["--worker", model, precision, "--rounds", str(rounds), "--steps", str(steps)]
+        return alone(Path(__file__), asked)
 
 
 def figures(case: str, found: dict) -> dict[str, float]:
@@ -95,8 +95,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--results", type=Path, default=RECORD)
+    parser.add_argument("--worker", nargs=2, metavar=("MODEL", "PRECISION"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    if args.worker:
+        print(json.dumps(measure(*args.worker, args.rounds, args.steps)))
+        return
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     metrics, times, seconds = {}, {}, 0.0
     for model in args.models:
         for precision in PRECISIONS:
