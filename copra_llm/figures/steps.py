@@ -52,6 +52,8 @@ GOALS = (
 """Of SmolLM2 in float32; means over CopRA's whole schedule."""
 JUDGED = {"model": "smollm2", "precision": "float32"}
 """The records that the goals are about."""
+EVALUATION_GOAL = 3.0
+"""Least ratio of examples a second, evaluating MTL15, to those of scoring each label apart: geometric mean."""
 
 
 def paired_ratio(first: Sequence[float], second: Sequence[float]) -> Estimate:
@@ -86,10 +88,6 @@ def step_records(results: Iterable[Result]) -> list[Result]:
     """The records of training steps, by model, precision and device."""
     found = [r for r in results if r.protocol == PROTOCOL]
     return sorted(found, key=lambda r: tuple(r.config[key] for key in ("model", "precision", "device")))
-
-
-EVALUATION_GOAL = 3.0
-"""Least ratio of examples a second, evaluating MTL15, to those of scoring each label apart: geometric mean."""
 
 
 def ratio_of(r: Result, pair: str) -> Estimate | None:
