@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from copra_llm.fused_linear import products_made_again
+
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Recompute activations in the backward pass, without making autograd visit every layer.
@@ -19,6 +21,19 @@ def checkpoint_activations(model: nn.Module) -> None:
     """
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.disable_input_require_grads()
+
+
+@contextmanager
+def kept_activations(model: nn.Module) -> Iterator[None]:
+    """Within it a training step keeps no more than it needs: no cache, and no product that can be made again.
+
+    Args:
+        model: of transformers.
+    """
+    # A recomputed tensor can be asked for only once, so under checkpointing none is asked for twice.
+    recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    with no_cache_by_default(model), products_made_again(not recomputed):
+        yield
 
 
 @contextmanager

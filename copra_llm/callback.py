@@ -13,6 +13,7 @@ Source: CopRA (arXiv 2410.22911), section 2.1.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from copra_llm.errors import InputError, nearest
 from copra_llm.gates import LayerGates, foreign_adapters
 from copra_llm.masks import sample_mask
-from copra_llm.schedule import METHODS, Schedule
+from copra_llm.schedule import METHODS, Schedule, too_short
+
+logger = logging.getLogger(__name__)
 
 
 class CopRACallback(TrainerCallback):
@@ -75,6 +78,8 @@ class CopRACallback(TrainerCallback):
             raise InputError(f"{foreign[0]} has an adapter that is not LoRA and cannot be left out of a step; "
                              "give the model LoRA adapters alone")  # fmt: skip
         gates = LayerGates(model, self.granularity, self.layer_pattern, self.fused)
+        if state.global_step == 0 and (why := too_short(self.schedule, state.max_steps, gates.num_layers)):
+            logger.warning("%s", why)
         self._masked = _MaskedModel(model, gates, _training_frame())
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):

@@ -18,6 +18,7 @@ from copra_llm.adapters import AdapterWeights, save_adapter_weights
 from copra_llm.build import Workbench, build, fixed_head
 from copra_llm.config import RunConfig
 from copra_llm.evaluate import Evaluation, evaluate
+from copra_llm.launch import evaluating
 from copra_llm.models import load_adapter
 from copra_llm.results import environment
 
@@ -35,10 +36,14 @@ class AdapterEvaluator:
 
     def __init__(self, config: RunConfig, tasks: list[str], split: str):
         self.config, self.tasks, self.split = config, tasks, split
-        self.accelerator = Accelerator()
         self._bench: Workbench | None = None
         self._attached: dict | None = None
         self._weights: AdapterWeights | None = None
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Of the run's precision; made anew, since another run's may have come in between."""
+        return evaluating(self.config.train)
 
     @property
     def bench(self) -> Workbench:

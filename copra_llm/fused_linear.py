@@ -5,7 +5,8 @@
 PEFT computes base and adapter one after the other and adds them up: three more passes over an output-sized tensor in
 each direction, and autograd keeps x̃ and the dropout's noise. Here it is one autograd node: both products go into the
 same buffer, of the noise one bit-like mask is kept, and x̃ is made again. Layers that take the same x (queries, keys and
-values) can share a node: their gradients of x are summed up as they arise.
+values) can share a node: their gradients of x are summed up as they arise. An x that is a product of two tensors that
+autograd keeps in any case (a gated MLP's) can be multiplied again and need not be kept.
 
 It stands in for PEFT's forward where that is plain LoRA on a linear layer, in any precision; a quantised base keeps its
 own product. Values differ from PEFT's by the rounding of sums in another order, and on a CPU by which entries a dropout
@@ -19,7 +20,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +56,40 @@ def fusible(module: nn.Module) -> bool:
     )
 
 
+_multiply_again = False
+
+
+@contextmanager
+def products_made_again(wanted: bool = True) -> Iterator[None]:
+    """Within it no input is kept that is a product of two kept tensors; it is the same to the bit when made again.
+
+    Args:
+        wanted: False: nothing changes. So under activation checkpointing, where a tensor can be asked for only once.
+    """
+    global _multiply_again
+    before, _multiply_again = _multiply_again, wanted
+    try:
+        yield
+    finally:
+        _multiply_again = before
+
+
+def _made_by(x: Tensor) -> Any:
+    """The autograd node that x is the product of, if it keeps both of its factors; else None."""
+    if not _multiply_again or torch.compiler.is_compiling():
+        return None
+    node = x.grad_fn
+    # As in `a * b`. Of a factor that needs no gradient the node does not keep the other one.
+    if type(node).__name__ != "MulBackward0" or node._saved_self is None or node._saved_other is None:
+        return None
+    return node
+
+
+def _again(node: Any) -> Tensor:
+    """x `(n, in)` from the node that made it, whose own backward pass, which frees the factors, comes later."""
+    return _rows(node._saved_self * node._saved_other)
+
+
 def fused_forward(module: nn.Module, x: Tensor) -> Tensor:
     """What a `fusible` layer's own forward gives, up to rounding.
 
@@ -68,7 +104,8 @@ def fused_forward(module: nn.Module, x: Tensor) -> Tensor:
     if together is not None:
         return together[0]
     low = _Adapter.of(module)
-    return _Update.apply(module.base_layer(x), x, low.a, low.b, low.scaling, low.rate, _autocast(x) or low.a.dtype)
+    dtype = _autocast(x) or low.a.dtype
+    return _Update.apply(module.base_layer(x), x, _made_by(x), low.a, low.b, low.scaling, low.rate, dtype)
 
 
 def fused_together(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...] | None:
@@ -91,7 +128,7 @@ def fused_together(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...
     numbers = [(low.scaling, low.rate) for low in adapters]
     autocast = _autocast(x)
     low = autocast or adapters[0].a.dtype
-    return _Fused.apply(x, numbers, autocast or x.dtype, low, *itertools.chain.from_iterable(parts))
+    return _Fused.apply(x, _made_by(x), numbers, autocast or x.dtype, low, *itertools.chain.from_iterable(parts))
 
 
 class _Adapter(NamedTuple):
@@ -116,19 +153,20 @@ class _Adapter(NamedTuple):
 class _Fused(Function):
     """Layers with one input; base products in `dtype`, the low-rank ones in `low`.
 
-    `numbers` are scaling and dropout rate of each layer, `parts` weight, bias, A and B, one layer after another.
+    `product` is the node that made x, if x is to be made again; `numbers` are scaling and dropout rate of each layer,
+    `parts` weight, bias, A and B, one layer after another.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, numbers, dtype, low, *parts) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x, product, numbers, dtype, low, *parts) -> tuple[Tensor, ...]:
         rows, layers = _rows(x).to(dtype), [parts[i : i + 4] for i in range(0, len(parts), 4)]
         outputs = [F.linear(rows, w.to(dtype), None if c is None else c.to(dtype)) for w, c, _, _ in layers]
         adapters = [_Adapter(a, b, *own) for (_, _, a, b), own in zip(layers, numbers, strict=True)]
         hidden, masks = _add_low_rank(outputs, rows, adapters, low)
         # The weights as they are: cast copies of them would be held until the backward pass.
         kept = [tensor for weight, _, a, b in layers for tensor in (weight, a, b)]
-        ctx.save_for_backward(rows, *hidden, *masks, *kept)
-        ctx.numbers, ctx.low, ctx.x_dtype = numbers, low, x.dtype
+        ctx.save_for_backward(rows if product is None else None, *hidden, *masks, *kept)
+        ctx.product, ctx.numbers, ctx.dtype, ctx.low, ctx.x_dtype = product, numbers, dtype, low, x.dtype
         ctx.set_materialize_grads(False)
         return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
@@ -136,6 +174,8 @@ class _Fused(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         count, (rows, *saved) = len(grads), ctx.saved_tensors
+        if ctx.product is not None:
+            rows = _again(ctx.product).to(ctx.dtype)
         hidden, masks, kept = saved[:count], saved[count : 2 * count], saved[2 * count :]
         # An output that the loss does not depend on has no gradient, and its layer none.
         used = [i for i, grad in enumerate(grads) if grad is not None]
@@ -151,30 +191,32 @@ class _Fused(Function):
         found: list = [None] * (4 * count)
         for i, (of_a, of_b) in zip(used, of_factors, strict=True):
             found[4 * i + 2 : 4 * i + 4] = of_a, of_b
-        return _like(of_x, grads[used[0]], ctx.x_dtype), None, None, None, *found
+        return _like(of_x, grads[used[0]], ctx.x_dtype), None, None, None, None, *found
 
 
 class _Update(Function):
     """The adapter's part on top of what a quantised base has computed."""
 
     @staticmethod
-    def forward(ctx: Any, y, x, a, b, scaling: float, rate: float, low) -> Tensor:
+    def forward(ctx: Any, y, x, product, a, b, scaling: float, rate: float, low) -> Tensor:
         # A copy, as PEFT takes one: a gradient through an output of bitsandbytes that was changed in place may fail.
         whole, rows = _rows(y).clone(), _rows(x)
         (hidden,), (mask,) = _add_low_rank([whole], rows, [_Adapter(a, b, scaling, rate)], low)
-        ctx.save_for_backward(rows, hidden, mask, a, b)
-        ctx.numbers, ctx.low, ctx.x_dtype = (scaling, rate), low, x.dtype
+        ctx.save_for_backward(rows if product is None else None, hidden, mask, a, b)
+        ctx.product, ctx.numbers, ctx.low, ctx.x_dtype = product, (scaling, rate), low, x.dtype
         return whole.view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         rows, hidden, mask, a, b = ctx.saved_tensors
+        if ctx.product is not None:
+            rows = _again(ctx.product)
         layer = [_Adapter(a, b, *ctx.numbers)]
         of_x, ((of_a, of_b),) = _low_rank_gradients(
             [_rows(grad)], None, rows, layer, [hidden], [mask], ctx.needs_input_grad[1], ctx.low
         )
-        return grad, _like(of_x, grad, ctx.x_dtype), of_a, of_b, None, None, None
+        return grad, _like(of_x, grad, ctx.x_dtype), None, of_a, of_b, None, None, None
 
 
 def _add_low_rank(outputs: list[Tensor], rows: Tensor, layers: list[_Adapter], low: torch.dtype) -> tuple[list, list]:

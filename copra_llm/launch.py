@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState, is_initialized
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 from torch.accelerator import current_accelerator
 
@@ -34,6 +37,37 @@ def process_group(settings: TrainSettings) -> InitProcessGroupKwargs:
 def mixed_precision(settings: TrainSettings) -> str:
     """What Accelerate is told of it: under DeepSpeed nothing, which would cast the whole model and not autocast."""
     return "no" if _asked("ACCELERATE_USE_DEEPSPEED") else settings.mixed_precision
+
+
+def accelerator_of(settings: TrainSettings, **options: Any) -> Accelerator:
+    """An Accelerator of a run's mixed precision, whatever has run in the process before.
+
+    Accelerate keeps the first precision for the whole process, of objects that are there already too; so none of them
+    is to be used any more.
+
+    Args:
+        settings: of the run.
+        options: of `Accelerator`, beside the precision.
+    """
+    return _accelerator(mixed_precision(settings), **options)
+
+
+def evaluating(settings: TrainSettings) -> Accelerator:
+    """An Accelerator to evaluate a run's adapter with, in its own precision: what its record says is said again.
+
+    Where float16 cannot be computed in, on a CPU, in that of the weights.
+    """
+    precision = mixed_precision(settings)
+    return _accelerator("no" if precision == "fp16" and not torch.cuda.is_available() else precision)
+
+
+def _accelerator(precision: str, **options: Any) -> Accelerator:
+    # DeepSpeed has a precision of its own, and is told the same by every run.
+    own = is_initialized() and PartialState().distributed_type != DistributedType.DEEPSPEED
+    if own and AcceleratorState().mixed_precision != precision:
+        # As transformers does where a new run's arguments come.
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision, **options)
 
 
 def check_launch(accelerator: Accelerator, config: RunConfig) -> None:

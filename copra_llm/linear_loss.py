@@ -58,6 +58,26 @@ def _chunk_losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> tuple[Ten
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
 
+def _likeliest(logits: Tensor, own: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the target is the first of the largest logits `(n,)`, and the largest one `(n, 1)`.
+
+    Args:
+        logits: `(n, vocabulary)`.
+        own: those of the targets `(n, 1)`.
+        y: the targets `(n, 1)`.
+    """
+    # A subclass, as where nothing but shapes is computed, has no numbers to ask for.
+    if logits.device.type != "cpu" or type(logits) is not Tensor:
+        return logits.argmax(-1, keepdim=True).eq(y).squeeze(1), logits.amax(-1, keepdim=True)
+    # Where the largest one stands takes a CPU several times as long to find as how large it is: asked for ties alone.
+    others = logits.scatter_(1, y, -torch.inf).amax(-1, keepdim=True)
+    logits.scatter_(1, y, own)
+    right = (own > others).squeeze(1)
+    ties = (own == others).squeeze(1).nonzero().squeeze(1)
+    right[ties] = logits[ties].argmax(-1) == y[ties, 0]
+    return right, torch.maximum(own, others)
+
+
 class _FrozenHead(torch.autograd.Function):
     """`token_losses` for a linear layer without trained parameters."""
 
@@ -70,11 +90,13 @@ class _FrozenHead(torch.autograd.Function):
             part = slice(start, start + chunk)
             y = targets[part, None]
             logits = F.linear(hidden[part], weight, bias).float()  # (chunk, vocabulary)
-            right[part] = logits.argmax(-1, keepdim=True).eq(y).squeeze(1)
-            total = logits.logsumexp(-1, keepdim=True)
-            losses[part] = (total - logits.gather(1, y)).squeeze(1)
-            pull = logits.sub_(total).exp_()  # in place: the logits are not needed again
-            pull.scatter_add_(1, y, pull.new_full(y.shape, -1.0))
+            own = logits.gather(1, y)
+            right[part], top = _likeliest(logits, own, y)
+            # In place, since the logits are not needed again; a pass over them takes longer than all of the rest.
+            pull = logits.sub_(top).exp_()
+            total = pull.sum(-1, keepdim=True)
+            losses[part] = (total.log() + top - own).squeeze(1)
+            pull.div_(total).scatter_add_(1, y, pull.new_full(y.shape, -1.0))
             gradient[part] = F.linear(pull.to(weight.dtype), weight.T)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(right)

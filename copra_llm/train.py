@@ -26,13 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, send_to_device
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from copra_llm.activations import checkpoint_activations, no_cache_by_default
+from copra_llm.activations import checkpoint_activations, kept_activations
 from copra_llm.adapter_files import RESULT
 from copra_llm.batches import Ahead, BatchStream, EncodedSplit, train_loader
 from copra_llm.best import BestAdapter
@@ -56,7 +55,7 @@ from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, Preempted
 from copra_llm.evaluate import evaluate, load_metrics, scoring
 from copra_llm.gates import LayerGates
-from copra_llm.launch import backend_of, check_launch, check_same_base, mixed_precision, process_group
+from copra_llm.launch import accelerator_of, backend_of, check_launch, check_same_base, process_group
 from copra_llm.liger import apply_liger, check_liger
 from copra_llm.masks import sample_mask
 from copra_llm.neftune import noisy_embeddings
@@ -73,6 +72,7 @@ from copra_llm.results import (
 )
 from copra_llm.samples import Samples
 from copra_llm.saved_runs import ADAPTER, step_at
+from copra_llm.schedule import too_short
 from copra_llm.settings import FLOORED
 from copra_llm.stochastic_depth import StochasticDepth
 
@@ -214,6 +214,8 @@ def fit(
     examples = _examples_a_step(config, accelerator)
     progress = resume(accelerator, config, folder, classifier, optimizer, scheduler, examples, total_steps)
     samples = Samples(accelerator, bench, config, progress)
+    if progress.step == 0 and accelerator.is_main_process and (why := too_short(schedule, whole, gates.num_layers)):
+        print(f"warning: {why}", file=sys.stderr)
     claim(accelerator, folder, config.replace(tasks=[task.name for task in bench.tasks]))
     micro_batches = examples // progress.stream_batch_size
     stream = BatchStream(
@@ -240,8 +242,8 @@ def fit(
     signals = sigterm(accelerator, settings.ddp_timeout)
     regions = gates.keys if settings.torch_compile else []
     compiled = compiled_blocks(bench.base.model, regions, settings.torch_compile_backend)
-    uncached = no_cache_by_default(bench.base.model)
-    with noise, uncached, compiled, _bar(accelerator, progress.step, total_steps) as bar, signals as asked_to_stop:
+    kept = kept_activations(bench.base.model)
+    with noise, kept, compiled, _bar(accelerator, progress.step, total_steps) as bar, signals as asked_to_stop:
         for step in range(progress.step, total_steps):
             now = first + step  # of `whole`: the run may be a part of a longer one
             p = schedule.of_layers(now / whole, gates.num_layers)
@@ -366,12 +368,8 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
                              f"installed are {', '.join(available) or 'none'}")  # fmt: skip
     if settings.fp16 and not torch.cuda.is_available():
         raise InputError("--fp16 needs a GPU, and there is none; use --bf16 or neither")
-    precision = mixed_precision(settings)
-    if is_initialized() and (before := AcceleratorState().mixed_precision) != precision:
-        raise InputError(f"this process has run with mixed precision {before}, which Accelerate keeps, but this run "
-                         f"wants {precision}; start a process for it")  # fmt: skip
-    return Accelerator(
-        mixed_precision=precision,
+    return accelerator_of(
+        settings,
         # A step's micro-batches are all read before the first is used, the run's last ones too: that the data are at
         # their end must not end the accumulation.
         gradient_accumulation_plugin=GradientAccumulationPlugin(

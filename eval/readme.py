@@ -43,11 +43,13 @@ from copra_llm.summaries.speed import (
     goals_table,
     instruct_table,
     merging_table,
+    profile_table,
     step_counts_table,
 )
 from copra_llm.summaries.study import against_table, means_table, progress_table, stability_table, tasks_table
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
 from copra_llm.summaries.together import federated_table, multitask_details, multitask_table
+from copra_llm.summaries.verdicts import advice_table, verdicts_table
 
 EVAL = Path(__file__).parent
 README = EVAL.parent / "README.md"
@@ -119,6 +121,16 @@ def study_plan() -> dict[str, Comparison]:
     return read_study(EVAL / "study" / "plan.yaml")
 
 
+def study_verdicts(records: Sequence[Result]) -> str:
+    """What eval/study says of each claim."""
+    return verdicts_table(records, study_plan())
+
+
+def study_advice(records: Sequence[Result]) -> str:
+    """What eval/study advises for each use."""
+    return advice_table(records, study_plan())
+
+
 def study_progress(records: Sequence[Result]) -> str:
     """What there is of every entry of eval/study's plan."""
     return progress_table(records, study_plan())
@@ -152,6 +164,7 @@ TABLES = {
     "few_shot_16": (sixteen_shots, f"{CLIP}/micro-clip"),
     "clip_speed": (clip_table, "speed"),
     "faults": (faults_table, "faults"),
+    "advice": (study_advice, "study"),
 }
 """README section -> (function of the records, folder of eval/ whose results they are, or a pattern below it)."""
 PAGES = {
@@ -197,6 +210,7 @@ PAGES = {
         "headline_fused": (of_study("headline", tasks_table("fusion")), "study"),
         "headline_single": (of_study("headline", tasks_table("single")), "study"),
         "progress": (study_progress, "study"),
+        "verdicts": (study_verdicts, "study"),
         "stability": (of_study("headline", stability_table), "study"),
         "unequal": (federated_table, "study/results-clients"),
         "federated": (federated_table, "federated"),
@@ -213,6 +227,7 @@ PAGES = {
         "coalitions": (coalitions_table, "speed"),
         "evaluation": (evaluation_table, "speed"),
         "compile": (compile_table, "speed"),
+        "profile": (profile_table, "speed"),
     },
 }
 

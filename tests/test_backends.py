@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from pairs import Pair, run_recipes
 from safetensors.torch import load_file
 from test_train import flags, settings
@@ -21,7 +22,7 @@ from copra_llm.adapter_files import WEIGHTS_FILE
 from copra_llm.classifiers import LabelWordClassifier
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
-from copra_llm.launch import check_same_base
+from copra_llm.launch import check_launch, check_same_base
 from copra_llm.masks import sample_mask
 from copra_llm.optimizer_file import OPTIMIZER
 from copra_llm.results import read_result
@@ -311,6 +312,17 @@ def test_what_deepspeed_can_do_is_not_refused():
         check_zero(launched({"stage": stage}, told), RunConfig().replace(gradient_accumulation_steps=4))
     check_zero(launched({"stage": 3}), RunConfig().replace(init_lora_weights="pissa"))
     check_zero(launched({"stage": 3}), RunConfig().replace(load_in_4bit=True, bnb_4bit_quant_storage="float32"))
+
+
+@pytest.mark.parametrize("asked", ["DeepSpeed", "FSDP"])
+def test_compiled_blocks_are_refused_where_the_model_is_divided(monkeypatch, asked):
+    accelerator = launched({})
+    accelerator.is_main_process = True
+    accelerator.distributed_type = DistributedType.DEEPSPEED if asked == "DeepSpeed" else DistributedType.MULTI_CPU
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(asked == "FSDP").lower())
+    monkeypatch.setattr("copra_llm.launch.on_main", lambda accelerator, action: action())
+    with pytest.raises(InputError, match="--torch_compile is for whole models.* leave one of the two out"):
+        check_launch(accelerator, RunConfig().replace(torch_compile=True))
 
 
 def test_the_engine_is_told_for_one_run():

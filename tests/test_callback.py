@@ -204,6 +204,14 @@ def test_method_and_seed(tiny_llama, tmp_path, method: str, seed: int):
     assert same(factors(plain.model), factors(trainer.model)) == (method == "lora")
 
 
+def test_too_few_steps_for_the_schedule_are_logged_once(tiny_llama, tmp_path, caplog):
+    for method in ("copra", "lora"):
+        trainer = make_trainer("trainer", adapted(tiny_llama), tiny_llama, tmp_path, [CopRACallback(method)])
+        trainer.train()
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "copra_llm.callback"]
+    assert said.startswith(f"of {STEPS} steps each of the {LAYERS} layers takes part in some")
+
+
 def test_a_schedule_of_ones_own(tiny_llama, tmp_path):
     """Granularity, pattern and schedule go to the gates and the masks."""
     observer = Observer()

@@ -249,6 +249,55 @@ def test_less_is_kept_than_by_peft():
     assert kept_bytes(plain, [False, False], True) == kept_bytes(plain, [False, False], False)
 
 
+class Gated(nn.Module):
+    """A gated MLP; what is kept of `scale`'s product is one factor, since the other needs no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(24, 40), nn.Linear(24, 40), nn.Linear(40, 8), nn.Linear(8, 4)])
+        self.scale = nn.Parameter(torch.randn(8), requires_grad=False)
+
+    def forward(self, x):
+        gate, up, down, last = self.layers
+        return last(down(F.silu(gate(x)) * up(x)) * self.scale)
+
+
+def gated(**options) -> nn.Module:
+    torch.manual_seed(0)
+    model = get_peft_model(Gated(), LoraConfig(r=4, target_modules=["0", "1", "2", "3"], **options))
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, std=0.3)
+    return model.train()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_product_made_again_is_the_same_to_the_bit_and_not_kept(autocast, dropout):
+    model, x = gated(lora_dropout=dropout), torch.randn(256, 24)
+    found = {}
+    for again in (False, True):
+        torch.manual_seed(1)
+        with fused_linear.products_made_again(again), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            kept = kept_bytes(model, [True] * 4, True)
+            torch.manual_seed(1)
+            found[again] = passes(model, x, True), kept
+    (before, kept), (now, less) = found[False], found[True]
+    assert before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in before)
+    assert kept - less == 256 * 40 * (2 if autocast else 4)  # of `down` alone
+
+
+def test_a_product_is_made_again_on_a_quantised_base_too():
+    """Whose product stays its own."""
+    model, x = gated(), torch.randn(6, 24)
+    found = []
+    for again in (False, True):
+        with fused_linear.products_made_again(again), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused_linear, "fused_together", lambda modules, x: None)
+            found.append(passes(model, x, True))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 # --- where PEFT's own forward stays -----------------------------------------------------------------------
 
 

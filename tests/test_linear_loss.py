@@ -73,6 +73,20 @@ def test_without_gradients_nothing_is_kept():
     torch.testing.assert_close(losses, whole(hidden, head_of("frozen"), targets)[0])
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_of_equal_logits_the_first_is_the_likeliest(seed):
+    """As argmax has it: with few different logits most tokens have ties, targets among them and not."""
+    generator = torch.Generator().manual_seed(seed)
+    head = nn.Linear(2, 12, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.randint(-1, 2, (12, 2), generator=generator))
+    hidden = torch.randint(-1, 2, (200, 2), generator=generator).float()
+    targets = torch.randint(0, 12, (200,), generator=generator)
+    _, right = token_losses(hidden.clone().requires_grad_(), head, targets, chunk=64)
+    _, plain = token_losses(hidden, head, targets)
+    assert torch.equal(right, head(hidden).argmax(-1) == targets) and torch.equal(right, plain)
+    assert 0 < right.sum() < 200
+
+
 def test_no_token_has_no_loss():
     hidden, targets, _ = inputs(2, torch.float32)
     losses, right = token_losses(hidden[:0].requires_grad_(True), head_of("frozen"), targets[:0])

@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 from copra_llm.cli import main
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
+from copra_llm.fused_linear import products_made_again
 from copra_llm.gates import LayerGates
 from copra_llm.masks import sample_mask
 from copra_llm.models import Base, Source, add_adapter, load_base
@@ -166,7 +167,8 @@ def test_bytes_kept_are_what_autograd_keeps(tiny_llama, fused, dropout, packed):
 
     ids = torch.zeros(SMALL.rows, SMALL.length, dtype=torch.long)
     everything = gates.applied([True] * gates.num_layers)
-    with everything, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+    with everything, hooks, products_made_again():
         positions = torch.arange(SMALL.length)[None].expand(SMALL.rows, -1)
         positions = positions % (SMALL.length // 2) if packed else positions
         base.model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)

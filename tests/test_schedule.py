@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 from copra_llm.errors import InputError
-from copra_llm.schedule import METHODS, SHAPES, Schedule
+from copra_llm.schedule import ENOUGH, METHODS, SHAPES, Schedule, too_short
 
 TIMES = [i / 1000 for i in range(1001)]
 
@@ -95,3 +95,29 @@ def test_unknown_shape_is_refused():
     """The sentence names the shape and the ones there are."""
     with pytest.raises(InputError, match="'linaer'.*linear, exponential, cosine"):
         Schedule(shape="linaer")
+
+
+# --- too few steps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule, share",
+    [(METHODS["copra"], 5 / 8), (METHODS["coto"], 1 - 0.75 * 0.9 / 2), (METHODS["lora"], 1.0),
+     (Schedule(p_start=0.5, shape="constant"), 0.5), (Schedule(depth_spread=0.5), 0.25 + 0.75 * 0.5 / 2)],
+)  # fmt: skip
+def test_the_share_of_steps_of_the_layer_that_trains_least(schedule: Schedule, share: float):
+    """By hand: p's mean over the run; with a spread that of the layer which begins last."""
+    assert schedule.least_share(6) == pytest.approx(share, abs=2e-3)
+
+
+def test_a_run_that_trains_its_layers_too_little_is_told_how_long_to_be():
+    copra, needed = METHODS["copra"], math.ceil(ENOUGH / 0.625)
+    said = too_short(copra, 120, 30)
+    assert said.startswith("of 120 steps each of the 30 layers takes part in some 75,")
+    steps = int(said.split("at least ")[1].split()[0])
+    assert abs(steps - needed) <= 1
+    assert too_short(copra, steps - 2, 30) and too_short(copra, steps, 30) is None
+
+
+def test_plain_lora_is_never_too_short():
+    assert too_short(METHODS["lora"], 1, 30) is None

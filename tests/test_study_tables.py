@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from test_study import PLAN, plan, record
 
+from copra_llm.estimates import Estimate
 from copra_llm.figures.study import against, outcomes, over_tasks
 from copra_llm.protocols import runs
 from copra_llm.protocols.comparisons import Comparison, cells
 from copra_llm.results import Result
 from copra_llm.summaries.study import SCREENING, against_table, means_table, progress_table, tasks_table
+from copra_llm.summaries.verdicts import advice_table, verdict, verdicts_table
 
 
 def line_of(run, pair: tuple[int, int], single: float, fused: float) -> Result:
@@ -52,6 +54,33 @@ def test_the_tables_say_what_the_records_hold():
     by_task = tasks_table("fusion")(made, ONE_RATE).splitlines()[2:]
     assert by_task[:2] == ["| sst2 | 70.0 | 4.0 [4.0, 4.0] |", "| agnews | 50.0 | 4.0 [4.0, 4.0] |"]
     assert by_task[2:] == ["| **mean over tasks** | – | 4.0 [4.0, 4.0] |"]
+
+
+@pytest.mark.parametrize(
+    "low, high, larger, said",
+    [(0.5, 2.0, True, "yes"), (0.5, 2.0, False, "no: worse"), (-2.0, -0.5, True, "no: worse"),
+     (-2.0, -0.5, False, "yes"), (-1.0, 1.0, True, "not shown"), (math.nan, math.nan, True, "not shown")],
+)  # fmt: skip
+def test_verdicts(low, high, larger, said):
+    assert verdict(Estimate((low + high) / 2, low, high), larger) == said
+
+
+def test_verdicts_and_advice_are_those_of_the_records():
+    """CopRA is 2 lower alone and 4 higher fused, on the one entry that has been run."""
+    entries = {"headline": ONE_RATE, "smollm2": plan(model="smollm2"), "clip": plan(model="clip")}
+    made = synthetic(ONE_RATE)
+    rows = [line.strip("| ").split(" | ") for line in verdicts_table(made, entries).splitlines()[2:]]
+    assert rows == [
+        ["an adapter alone is better", "minilm", "2, 3", "-2.0 [-2.0, -2.0]", "no: worse"],
+        ["two seeds, fused, are better", "minilm", "2, 3", "4.0 [4.0, 4.0]", "yes"],
+        ["fusing two seeds loses less", "minilm", "2, 3", "-6.0 [-6.0, -6.0]", "yes"],
+        ["the barrier between two seeds is lower", "minilm", "2, 3", "-6.0 [-6.0, -6.0]", "yes"],
+    ]
+    advised = dict(line.strip("| ").split(" | ") for line in advice_table(made, entries).splitlines()[2:])
+    assert advised["serve it alone"] == "lora"
+    assert advised["average runs of one task (seeds, clients), rank as it is"] == "copra: +4.0 [+4.0, +4.0]"
+    assert advised["keep half of the layers"] == "–"
+    assert verdicts_table([], entries) == advice_table([], entries) == ""
 
 
 def test_a_seed_that_not_every_task_has_does_not_count_yet():

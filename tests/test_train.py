@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from copra_llm.classifiers import LabelWordClassifier
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
 from copra_llm.evaluate import evaluate
+from copra_llm.launch import evaluating
 from copra_llm.masks import sample_mask
 from copra_llm.results import read_result
 from copra_llm.train import _accelerator, fit, train_adapter
@@ -685,6 +687,24 @@ def test_golden_loss_curve(minilm, tmp_path):
     assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in GOLDEN], rel=1e-4)
 
 
+# --- too few steps ----------------------------------------------------------------------------------------
+
+
+def test_a_schedule_that_trains_its_layers_too_little_is_said_once(tiny_llama, tmp_path, capsys):
+    """Not again when the run goes on, and not of plain LoRA, which leaves nothing out."""
+    config = settings(tiny_llama, checkpoint_at=[0.5])
+    steps = train_adapter(config, ["sst2"], tmp_path / "copra").steps
+    sentence = f"warning: of {steps} steps each of the 4 layers takes part in some"
+    assert capsys.readouterr().err.count(sentence) == 1
+    (tmp_path / "copra" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "copra" / "adapter")
+    train_adapter(config.replace(resume_from_checkpoint="latest"), ["sst2"], tmp_path / "copra")
+    said = capsys.readouterr().err
+    assert "note: going on from" in said and "warning: of" not in said
+    train_adapter(settings(tiny_llama, method="lora"), ["sst2"], tmp_path / "lora")
+    assert "warning: of" not in capsys.readouterr().err
+
+
 # --- precision --------------------------------------------------------------------------------------------
 
 
@@ -696,9 +716,16 @@ def test_float16_without_a_gpu_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_precision_in_one_process_is_refused(tmp_path):
-    """Accelerate keeps the first run's for the whole process."""
-    _accelerator(RunConfig(), tmp_path)
-    with pytest.raises(InputError, match="mixed precision no, .* wants bf16; start a process for it"):
-        train_adapter(RunConfig().replace(bf16=True), ["sst2"], tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_each_run_of_a_process_has_its_own_precision(tmp_path):
+    """Accelerate by itself keeps the first run's."""
+    plain, half = RunConfig(), RunConfig().replace(bf16=True)
+    for config in (plain, half, plain):
+        assert _accelerator(config, tmp_path).mixed_precision == config.train.mixed_precision
+        assert evaluating(config.train).mixed_precision == config.train.mixed_precision
+    with torch.autocast("cpu", enabled=False), evaluating(half.train).autocast():
+        assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16
+
+
+def test_an_adapter_of_a_float16_run_is_evaluated_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert evaluating(RunConfig().replace(fp16=True).train).mixed_precision == "no"

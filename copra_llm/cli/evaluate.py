@@ -20,11 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from accelerate import Accelerator
-
     from copra_llm.adapters import adapter_folder, load_adapter_weights
     from copra_llm.build import build
     from copra_llm.evaluate import evaluate
+    from copra_llm.launch import evaluating
     from copra_llm.results import Result, pack_bits, write_result
     from copra_llm.train import run_environment
 
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if counts is not None and counts.cut:
         print(f"note: {counts.cut} of {counts.kept} examples are longer than --max_length {config.data.max_length} and "
               "were cut", file=sys.stderr)  # fmt: skip
-    accelerator = Accelerator()
+    accelerator = evaluating(config.train)
     bench.classifier.to(accelerator.device)
     examples = bench.splits[args.split][args.task]
     outcome = evaluate(accelerator, bench.classifier, examples, args.per_device_eval_batch_size)

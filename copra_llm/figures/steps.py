@@ -50,6 +50,12 @@ GOALS = (
     Goal("bytes CopRA saves for the backward pass over PEFT LoRA's", "saved/copra/peft", 0.80, "saved/truncated/peft"),
 )
 """Of SmolLM2 in float32; means over CopRA's whole schedule."""
+COMPILED_PAIRS = ("compiled/plain", "compiled/peft", "compiled/truncated", "plain/peft", "plain/truncated")
+"""What the record of `--torch_compile` compares: CopRA's step with and without, PEFT LoRA, the truncated base."""
+COMPILED_GOALS = {"copra/peft": "compiled/peft", "copra/truncated": "compiled/truncated"}
+"""A goal's ratio, and its name where CopRA's blocks are compiled."""
+PROFILED = ("base", "lora", "truncated", "copra")
+"""Whose time is taken apart: the second and the fourth are the others with an adapter."""
 JUDGED = {"model": "smollm2", "precision": "float32"}
 """The records that the goals are about."""
 EVALUATION_GOAL = 3.0

@@ -39,6 +39,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from copra_llm.classifiers import mean_pool
 from copra_llm.errors import InputError
+from copra_llm.fused_linear import products_made_again
 from copra_llm.gates import LayerGates
 from copra_llm.gguf import quiet_loading
 from copra_llm.linear_loss import token_losses
@@ -188,7 +189,7 @@ def _run(config, dtype: str, lora: LoraSettings, attention: str | None, batch: B
 
 def _count(base: Base, model: PeftModel, batch: Batch, known: list[Tensor], players: int, config) -> _Run:
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
-    with _Meter([*known, ids]) as meter, _attention(batch):
+    with _Meter([*known, ids]) as meter, _attention(batch), products_made_again(not batch.checkpointing):
         with torch.autocast("cpu", torch.bfloat16, enabled=batch.autocast):
             hidden, loss_of = _forward(base, model, ids, config)
             kept = meter.now

@@ -11,10 +11,13 @@ from operator import itemgetter
 
 from copra_llm.estimates import Estimate
 from copra_llm.figures.steps import (
+    COMPILED_GOALS,
+    COMPILED_PAIRS,
     CONTENDERS,
     EVALUATION_GOAL,
     GOALS,
     JUDGED,
+    PROFILED,
     device_of,
     ratio_of,
     step_records,
@@ -71,6 +74,12 @@ def goals_table(results: Iterable[Result]) -> str:
                 ratio = ratio_of(r, goal.ratio)
                 floor = None if goal.floor is None else ratio_of(r, goal.floor)
                 rows.append((goal.what, device_of(r), f"≤ {goal.limit:.2f}", ratio, floor, verdict(ratio, goal.limit)))
+    for r in (r for r in results if r.protocol == "speed_compile"):
+        case = "/".join(JUDGED.values())
+        for goal in (goal for goal in GOALS if goal.ratio in COMPILED_GOALS and case in r.data["times"]):
+            ratio = _ratio(r, f"{case}/{COMPILED_GOALS[goal.ratio]}")
+            rows.append((f"{goal.what}, with `--torch_compile`", device_of(r), f"≤ {goal.limit:.2f}", ratio, None,
+                         verdict(ratio, goal.limit)))  # fmt: skip
     for r in (r for r in results if r.protocol == "speed_evaluation"):
         ratio = ratio_of(r, "geometric_mean")
         what = "MTL15 evaluation, examples a second over scoring each label apart, geometric mean"
@@ -149,16 +158,35 @@ def clip_table(results: Iterable[Result]) -> str:
 
 
 def compile_table(results: Iterable[Result]) -> str:
-    """Markdown: a step with compiled blocks against one without, and after how many steps compiling has paid."""
+    """Markdown: CopRA's step with compiled blocks against one without, against PEFT and the truncated base, and after
+    how many steps compiling has paid."""
     rows = []
     for r in (r for r in results if r.protocol == "speed_compile"):
-        for case in (key.removeprefix("ratio/") for key in r.metrics if key.startswith("ratio/")):
+        for case in r.data["times"]:
             plain, there = (r.metrics[f"seconds_per_step/{case}/{name}"] for name in ("plain", "compiled"))
             took = r.metrics[f"compile_seconds/{case}"]
             pays = f"{took / (plain - there):.0f} steps" if there < plain else "never"
-            rows.append((*case.split("/"), f"{1000 * plain:.0f} ms", _ratio(r, case), f"{took:.0f} s", pays))
-    columns = [("model",), ("precision",), ("a step",), ("compiled: × its time", ".2f"), ("to compile",),
-               ("pays after",)]  # fmt: skip
+            ratios = (_ratio(r, f"{case}/{pair}") for pair in COMPILED_PAIRS)
+            rows.append((*case.split("/"), 1000 * plain, *ratios, f"{took:.0f} s", pays))
+    columns = [("model",), ("precision",), ("a step [ms]", ".0f"), ("compiled / plain", ".2f"),
+               ("compiled / PEFT LoRA", ".2f"), ("compiled / truncated base", ".2f"), ("plain / PEFT LoRA", ".2f"),
+               ("plain / truncated base", ".2f"), ("to compile",), ("pays after",)]  # fmt: skip
+    return markdown_table(columns, rows)
+
+
+def profile_table(results: Iterable[Result]) -> str:
+    """Markdown: milliseconds of a step by kind of work, and what an adapter adds to each."""
+    rows = []
+    for r in (r for r in results if r.protocol == "speed_profile"):
+        ms = {name: r.data["milliseconds"][name] for name in PROFILED}
+        for kind in ms["base"]:
+            own = [ms[name][kind] for name in PROFILED]
+            rows.append((r.config["model"], r.config["precision"], kind, *own, own[1] - own[0], own[3] - own[2]))
+        total = [sum(ms[name].values()) for name in PROFILED]
+        rows.append((r.config["model"], r.config["precision"], "**together**", *total, total[1] - total[0],
+                     total[3] - total[2]))  # fmt: skip
+    columns = [("model",), ("precision",), ("kind of work",), *((CONTENDERS[name], ".0f") for name in PROFILED),
+               ("LoRA − base", "+.0f"), ("CopRA − truncated", "+.0f")]  # fmt: skip
     return markdown_table(columns, rows)
 
 

@@ -14,6 +14,7 @@ A watch is told when the first batch is made, and when a step is done: loading a
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Protocol
@@ -209,11 +210,19 @@ def copra(w, device, split, steps, seed, watch) -> float:
 
 
 def _fitted(w: Workload, device: str, split: EncodedSplit, steps: int, watch: Watch, **changes) -> float:
+    return fitted(w, twin(w.peft), device, split, steps, watch, **changes)
+
+
+def fitted(
+    w: Workload, model: nn.Module, device: str, split: EncodedSplit, steps: int, watch: Watch, **changes
+) -> float:
+    """Train this PEFT model, with some settings changed."""
     config = w.config.replace(max_steps=steps, logging_steps=steps, **changes)
-    classifier = w.bench_model(twin(w.peft))
+    classifier = w.bench_model(model)
     # A pass over one example is start-up: it shows which layers take one input.
     classifier.collate = _said(classifier.collate, watch, rows=w.batch_size)
-    bench = Workbench(w.base, classifier, [w.task], {"train": {w.task.name: split}})
+    base = replace(w.base, model=model.get_base_model())
+    bench = Workbench(base, classifier, [w.task], {"train": {w.task.name: split}})
     own = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if config.train.bf16 else "no")
     with tempfile.TemporaryDirectory() as folder:
         return fit(own, bench, config, Path(folder), watch.step).log[-1]["loss"]

@@ -1,6 +1,6 @@
 """What does the evaluation of a task cost here, and what if each label is scored apart?
 
-    python eval/speed/evaluation.py [--tasks sst2 agnews ...] [--rounds 3]         (needs $COPRA_DATA/mtl15)
+    python eval/speed/evaluation.py [--tasks sst2 agnews ...] [--rounds 5]         (needs $COPRA_DATA/mtl15)
 
 SmolLM2-135M with an adapter (rank 8 on q, k, v) on the fifteen tasks; of each the first test examples that have
 together at most 1200 tokens of prompt. *Apart*, as most scripts and lm-evaluation-harness do it, every label is a row
@@ -155,7 +155,7 @@ def ranged(name: str, ratio: float, rounds: list[float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=task_names())
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RECORD)
     args = parser.parse_args()
     if args.rounds < 1:
