@@ -58,12 +58,13 @@ def waits(config: RunConfig, folder: Path) -> list[set]:
 
 
 def test_no_step_of_ours_waits_but_those_that_are_logged(tiny_llama, tmp_path):
-    """transformers asks of each forward pass whether its row holds several examples, or its batch padding."""
+    """transformers asks of each forward pass whether its row holds several examples, or its batch padding. On a CPU,
+    where nothing waits, the loss of a language model looks for ties; the test below has the GPU's way."""
     words = RunConfig().replace(**COMMON, model_name_or_path=str(tiny_llama), data_root="sample", max_train_samples=16,
                                 max_eval_samples=2)  # fmt: skip
     for name, config in (("talk", conversations(tiny_llama, tmp_path)), ("words", words)):
         steps = waits(config, tmp_path / name)
-        assert {file for step in steps[1:6] for file, _ in step} == {"masking_utils.py"}
+        assert {file for step in steps[1:6] for file, _ in step} - {"linear_loss.py"} == {"masking_utils.py"}
         assert ("train.py", "mean") in steps[6], "the test sees what waits"
 
 
