@@ -71,10 +71,10 @@ def test_verdicts_and_advice_are_those_of_the_records():
     made = synthetic(ONE_RATE)
     rows = [line.strip("| ").split(" | ") for line in verdicts_table(made, entries).splitlines()[2:]]
     assert rows == [
-        ["an adapter alone is better", "minilm", "2, 3", "-2.0 [-2.0, -2.0]", "no: worse"],
-        ["two seeds, fused, are better", "minilm", "2, 3", "4.0 [4.0, 4.0]", "yes"],
-        ["fusing two seeds loses less", "minilm", "2, 3", "-6.0 [-6.0, -6.0]", "yes"],
-        ["the barrier between two seeds is lower", "minilm", "2, 3", "-6.0 [-6.0, -6.0]", "yes"],
+        ["an adapter alone is better", "minilm", "-2.0 [-2.0, -2.0] (2, 3)", "no: worse"],
+        ["two seeds, fused, are better", "minilm", "4.0 [4.0, 4.0] (2, 3)", "yes"],
+        ["fusing two seeds loses less", "minilm", "-6.0 [-6.0, -6.0] (2, 3)", "yes"],
+        ["the barrier between two seeds is lower", "minilm", "-6.0 [-6.0, -6.0] (2, 3)", "yes"],
     ]
     advised = dict(line.strip("| ").split(" | ") for line in advice_table(made, entries).splitlines()[2:])
     assert advised["serve it alone"] == "lora"

@@ -18,7 +18,7 @@ from copra_llm.portable import portable_name
 from copra_llm.protocols.comparisons import Comparison
 from copra_llm.report.tables import markdown_table
 from copra_llm.results import Result
-from copra_llm.summaries.study import Row, reference_of, rows_of
+from copra_llm.summaries.study import COLUMNS, Row, reference_of, rows_of
 
 JUDGED = ("headline", "smollm2", "clip")
 """Entries of the plan with seeds enough for a verdict."""
@@ -80,14 +80,12 @@ def verdicts_table(results: Iterable[Result], comparisons: Mapping[str, Comparis
         variants += [variant for variant in found[name] if variant not in variants]
     for claim in CLAIMS:
         for name in JUDGED:
-            cells = [_judged(found[name].get(variant, {}).get(claim.outcome), claim.larger) for variant in variants]
-            whole = next((own[claim.outcome] for own in found[name].values() if claim.outcome in own), None)
-            if whole is not None:
-                counts = f"{len(whole.tasks)}, {len(whole.seeds)}"
-                lines.append((claim.what, portable_name(comparisons[name].model), counts,
-                              *(cell for pair in cells for cell in pair)))  # fmt: skip
-    heads = [head for variant in variants for head in ((f"{variant} − LoRA", ".1f"), ("",))]
-    return markdown_table([("claim, against LoRA",), ("model",), ("tasks, seeds",), *heads], lines)
+            cells = [_judged(found[name].get(variant, {}).get(claim.outcome), claim) for variant in variants]
+            if any(difference for difference, _ in cells):
+                model = portable_name(comparisons[name].model)
+                lines.append((claim.what, model, *(cell for pair in cells for cell in pair)))
+    heads = [head for variant in variants for head in ((f"{variant} − LoRA (tasks, seeds)",), ("",))]
+    return markdown_table([("claim, against LoRA",), ("model",), *heads], lines)
 
 
 def advice_table(results: Iterable[Result], comparisons: Mapping[str, Comparison]) -> str:
@@ -118,8 +116,11 @@ def _of_row(row: Row, other: Row) -> dict[str, OverTasks]:
     return {name: found for name, found in differences.items() if found is not None}
 
 
-def _judged(found: OverTasks | None, larger: bool) -> tuple[Estimate | None, str | None]:
-    return (None, None) if found is None else (found.estimate, verdict(found.estimate, larger))
+def _judged(found: OverTasks | None, claim: Claim) -> tuple[str | None, str | None]:
+    if found is None:
+        return None, None
+    difference = format(found.estimate, COLUMNS[claim.outcome][1])
+    return f"{difference} ({len(found.tasks)}, {len(found.seeds)})", verdict(found.estimate, claim.larger)
 
 
 def _advised(variants: Mapping[str, Mapping[str, OverTasks]], outcome: str) -> str | None:
