@@ -121,19 +121,9 @@ def study_plan() -> dict[str, Comparison]:
     return read_study(EVAL / "study" / "plan.yaml")
 
 
-def study_verdicts(records: Sequence[Result]) -> str:
-    """What eval/study says of each claim."""
-    return verdicts_table(records, study_plan())
-
-
-def study_advice(records: Sequence[Result]) -> str:
-    """What eval/study advises for each use."""
-    return advice_table(records, study_plan())
-
-
-def study_progress(records: Sequence[Result]) -> str:
-    """What there is of every entry of eval/study's plan."""
-    return progress_table(records, study_plan())
+def of_whole_study(table: Callable[..., str]) -> Callable[[Sequence[Result]], str]:
+    """A table of all entries of eval/study's plan."""
+    return lambda records: table(records, study_plan())
 
 
 STUDIED = (
@@ -164,7 +154,7 @@ TABLES = {
     "few_shot_16": (sixteen_shots, f"{CLIP}/micro-clip"),
     "clip_speed": (clip_table, "speed"),
     "faults": (faults_table, "faults"),
-    "advice": (study_advice, "study"),
+    "advice": (of_whole_study(advice_table), "study"),
 }
 """README section -> (function of the records, folder of eval/ whose results they are, or a pattern below it)."""
 PAGES = {
@@ -209,8 +199,8 @@ PAGES = {
         **{f"{name}_against": (of_study(name, against_table), "study") for name in STUDIED},
         "headline_fused": (of_study("headline", tasks_table("fusion")), "study"),
         "headline_single": (of_study("headline", tasks_table("single")), "study"),
-        "progress": (study_progress, "study"),
-        "verdicts": (study_verdicts, "study"),
+        "progress": (of_whole_study(progress_table), "study"),
+        "verdicts": (of_whole_study(verdicts_table), "study"),
         "stability": (of_study("headline", stability_table), "study"),
         "unequal": (federated_table, "study/results-clients"),
         "federated": (federated_table, "federated"),

@@ -40,10 +40,10 @@ def measure(model: str, precision: str, rounds: int, steps: int) -> dict:
     from contenders import CONTENDERS, fitted, twin
     from sampling import sampled_schedule, seeds_like_a_long_run
     from watches import Clock
-    from workloads import encoder, language
+    from workloads import of_texts
 
     torch.set_num_threads(1)
-    w = language(model, precision) if model == "smollm2" else encoder(model, precision)
+    w = of_texts(model, precision)
     # One model for all rounds: graphs are those of its blocks.
     own = twin(w.peft)
     schedule = {"method": "copra", **sampled_schedule(steps)}

@@ -1,6 +1,6 @@
 """Where does a step's time go: products, attention, passes over activations, the optimizer, or Python?
 
-    python eval/speed/kernels.py [--models smollm2] [--precisions float32] [--rounds 3] [--steps 8] [--again]
+    python eval/speed/kernels.py [--models smollm2] [--precisions float32] [--rounds 3] [--steps 8]
 
 The frozen base, this loop's LoRA, the truncated base and this loop's CopRA of `step.py`, on the same batches and masks,
 under torch's profiler: of each operation the CPU time of itself, without those that it calls. What lies between
@@ -20,7 +20,7 @@ from copra_llm.figures.steps import PROFILED
 from copra_llm.protocols.alone import alone
 from copra_llm.results import Result, environment, write_result
 
-RECORD = Path(__file__).parent / "results" / "kernels.json"
+RESULTS = Path(__file__).parent / "results"
 MODELS, PRECISIONS = ("smollm2", "minilm"), ("float32", "bfloat16")
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::matmul"),
@@ -76,10 +76,10 @@ def measure(model: str, precision: str, rounds: int, steps: int) -> dict:
     """Medians over rounds for each contender and kind; in a process of its own."""
     import torch
     from sampling import seeds_like_a_long_run
-    from workloads import encoder, language
+    from workloads import of_texts
 
     torch.set_num_threads(1)
-    w = language(model, precision) if model == "smollm2" else encoder(model, precision)
+    w = of_texts(model, precision)
     seeds = seeds_like_a_long_run(w, steps, rounds)
     for name in PROFILED:  # warms up, and does not count
         milliseconds(w, name, 1, seeds[0])
@@ -107,7 +107,7 @@ def main() -> None:
         config = {"model": model, "precision": precision, "rounds": args.rounds, "steps": args.steps}
         record = Result("speed_profile", config, {}, data={"milliseconds": found["milliseconds"]},
                         environment=environment(**found["environment"]))  # fmt: skip
-        write_result(RECORD.with_name(f"kernels-{model}-{precision}.json"), record)
+        write_result(RESULTS / f"kernels-{model}-{precision}.json", record)
 
 
 if __name__ == "__main__":

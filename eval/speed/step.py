@@ -44,12 +44,10 @@ def workload(args: argparse.Namespace, folder: Path):
     import workloads
 
     torch.set_num_threads(args.threads)
-    makers = {
-        "smollm2": lambda: workloads.language("smollm2", args.precision),
-        "minilm": lambda: workloads.encoder("minilm", args.precision),
-        "clip": lambda: workloads.dual(folder, args.precision),
-    }
-    made = makers[args.model]()
+    if args.model == "clip":
+        made = workloads.dual(folder, args.precision)
+    else:
+        made = workloads.of_texts(args.model, args.precision)
     made.peft.to(args.device)
     made.bare.to(args.device)
     return made

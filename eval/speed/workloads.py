@@ -130,6 +130,11 @@ def encoder(name: str, dtype: str, rows: int = 16, length: int = 64) -> Workload
     )
 
 
+def of_texts(name: str, dtype: str) -> Workload:
+    """SmolLM2 as a language model, MiniLM as an encoder."""
+    return {"smollm2": language, "minilm": encoder}[name](name, dtype)
+
+
 def dual(folder: Path, dtype: str, rows: int = 32, classes: int = 102) -> Workload:
     """A dual encoder of random weights (`random_clip`), saved in `folder`, with CLIP-LoRA's adapter; random views."""
     prompts = [f"a photo of a {colour} {flower}, a type of flower."
