@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from peft import set_peft_model_state_dict
+from torch import Tensor
 
 from copra_llm.adapters import AdapterWeights, save_adapter_weights
 from copra_llm.build import Workbench, build, fixed_head
@@ -39,6 +40,7 @@ class AdapterEvaluator:
         self._bench: Workbench | None = None
         self._attached: dict | None = None
         self._weights: AdapterWeights | None = None
+        self._fixed_heads: dict[str, Tensor] = {}
 
     @property
     def accelerator(self) -> Accelerator:
@@ -78,6 +80,7 @@ class AdapterEvaluator:
                 save_adapter_weights(weights, folder)
                 if self._bench is None:
                     self._bench = build(self.config, self.tasks, adapter=folder, splits=(self.split,))
+                    self._fix_heads()
                 else:
                     self._bench.classifier.model.unload()
                     self._bench.classifier.model = load_adapter(self._bench.base, folder)
@@ -96,12 +99,16 @@ class AdapterEvaluator:
             device=self.accelerator.device.type, threads=torch.get_num_threads(), **self.bench.base.about()
         )
 
+    def _fix_heads(self) -> None:
+        """Make the heads of tasks that an adapter has none for; while the model is on the CPU, so to the bit those that
+        runs were trained with."""
+        base = self.bench.base
+        if base.kind == "encoder":
+            with self.bench.classifier.model.disable_adapter():
+                self._fixed_heads = {t.name: fixed_head(base, t, self.config.data) for t in self.bench.tasks}
+
     def _set_heads(self, weights: AdapterWeights) -> None:
         """An encoder's heads: those saved with the adapter, for other tasks the fixed ones."""
-        classifier, base = self.bench.classifier, self.bench.base
-        for task in self.bench.tasks if base.kind == "encoder" else ():
-            head = weights.heads.get(f"{task.name}.weight")
-            if head is None:
-                with classifier.model.disable_adapter():
-                    head = fixed_head(base, task, self.config.data)
-            classifier.heads[task.name].data.copy_(head)
+        for name, fixed in self._fixed_heads.items():
+            head = weights.heads.get(f"{name}.weight")
+            self.bench.classifier.heads[name].data.copy_(fixed if head is None else head)

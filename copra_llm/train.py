@@ -320,7 +320,8 @@ def next_step(accelerator: Accelerator, batches: Iterator[dict], count: int) -> 
     """
     step = [next(batches) for _ in range(count)]
     if "trained" in step[0] and count * accelerator.num_processes > 1:
-        items = torch.tensor(float(sum(len(batch["trained"]) for batch in step)), device=accelerator.device)
+        # Filled in on the device: to copy a number there would wait for it.
+        items = torch.full((), float(sum(len(batch["trained"]) for batch in step)), device=accelerator.device)
         items = accelerator.reduce(items, reduction="sum") / (count * accelerator.num_processes)
         step = [batch | {"items": items} for batch in step]
     return step

@@ -53,6 +53,36 @@ def test_wrong_input_in_a_job_ends_them_all(tmp_path, workers):
     assert len(list(tmp_path.iterdir())) < len(jobs)
 
 
+def halve(x: int) -> int:
+    if x % 2:
+        raise InputError(f"{x} is odd; give an even number")
+    return x // 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_others_go_on_where_a_failure_is_only_noted(workers):
+    said, failed = [], []
+
+    def note(job: Job, error: Exception) -> None:
+        failed.append((job.name, str(error)))
+
+    jobs = [Job(f"job {x}", halve, (x,)) for x in range(6)]
+    assert run_jobs(jobs, workers, said.append, note) == [0, None, 1, None, 2, None]
+    assert sorted(failed) == [(f"job {x}", f"{x} is odd; give an even number") for x in (1, 3, 5)]
+    assert said[-1].startswith("[6/6, some 0 min left]")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_who_is_told_of_a_failure_can_end_them_all(tmp_path, workers):
+    def enough(job: Job, error: Exception) -> None:
+        raise InputError(f"{job.name} was one too many; mend it")
+
+    jobs = [Job("a", refuse, (tmp_path, "a"))] + [Job("b", refuse, (tmp_path, f"b{i}")) for i in range(50)]
+    with pytest.raises(InputError, match="one too many"):
+        run_jobs(jobs, workers, lambda text: None, enough)
+    assert len(list(tmp_path.iterdir())) < len(jobs)
+
+
 def test_no_worker_is_refused():
     with pytest.raises(InputError, match="--workers is 0, but must be at least 1"):
         run_jobs([], 0)

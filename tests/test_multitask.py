@@ -10,6 +10,7 @@ import pytest
 import torch
 from examples import tiny_adapter
 
+from copra_llm import evaluator as evaluator_module
 from copra_llm.adapters import load_adapter_weights, save_adapter_weights
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError
@@ -118,6 +119,20 @@ def test_each_task_has_its_own_head(merged):
     assert both.heads.keys() == {f"{task}.weight" for task in TASKS}
     for task, adapter in zip(TASKS, adapters, strict=True):
         assert torch.equal(both.heads[f"{task}.weight"], adapter.heads[f"{task}.weight"])
+
+
+def test_fixed_heads_are_made_before_the_model_moves(merged, tiny_bert, monkeypatch):
+    """On the CPU, as for training: on a GPU they would round otherwise, and label words lie on the CPU."""
+    config = RunConfig().replace(**SETTINGS | {"model_name_or_path": str(tiny_bert), "data_root": "sample"})
+    evaluator = AdapterEvaluator(config, TASKS, "test")
+    adapters = {task: load_adapter_weights(single(merged, task)) for task in TASKS}
+    evaluator.attach(adapters["sst2"])
+    monkeypatch.setattr(evaluator_module, "fixed_head", lambda *a: pytest.fail("a head was made after the model moved"))
+    for task in ("agnews", "sst2", "mnli"):
+        evaluator.attach(adapters[task])
+        for other in TASKS:  # the tasks' heads are fixed, so an adapter's own is the one that others lack
+            head = evaluator.bench.classifier.heads[other]
+            assert torch.equal(head.detach(), adapters[other].heads[f"{other}.weight"])
 
 
 def test_the_share_of_nothing_is_no_number():

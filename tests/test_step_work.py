@@ -19,7 +19,7 @@ from copra_llm import masks, train
 from copra_llm.activations import checkpoint_activations
 from copra_llm.build import build
 from copra_llm.config import RunConfig
-from copra_llm.train import fit
+from copra_llm.train import _accelerator, fit
 
 WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select")
 """Operations that read values of the device, or whose result has a size that depends on them."""
@@ -80,7 +80,7 @@ def test_no_step_of_ours_waits_on_a_gpu(tiny_llama, tmp_path):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            fit(Accelerator(), bench, config, tmp_path / "run", on_step)
+            fit(_accelerator(config, tmp_path / "run"), bench, config, tmp_path / "run", on_step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waited = {Path(w.filename).name for w in said if "synchronizing CUDA operation" in str(w.message)}

@@ -15,8 +15,8 @@ from copra_llm.errors import InputError
 from copra_llm.figures.study import outcomes
 from copra_llm.protocols import runs
 from copra_llm.protocols.comparisons import Comparison, Selection, cells, chosen_runs, read_study
-from copra_llm.protocols.runs import difference
-from copra_llm.protocols.study import run_study
+from copra_llm.protocols.runs import Store, difference
+from copra_llm.protocols.study import run_study, waves
 from copra_llm.protocols.study_cost import cost_lines
 from copra_llm.report import find_results
 from copra_llm.results import Result, read_result, write_result
@@ -233,6 +233,57 @@ def test_a_record_of_other_settings_is_not_taken_for_the_plans(study):
         study(plan(settings=PLAN.settings | {"lora_r": 4}))
 
 
+class Failing(Trainer):
+    """Stands for training of which some runs diverge, or meet a fault of ours."""
+
+    def __init__(self, wrong: dict[tuple, Exception]):
+        super().__init__()
+        self.wrong = wrong
+
+    def __call__(self, config, tasks, output):
+        error = self.wrong.get((config.train.seed, tasks[0], config.schedule.method))
+        if error is not None:
+            raise error
+        return super().__call__(config, tasks, output)
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    trainer, said = Failing({(1, "sst2", "copra"): InputError("by step 3 it diverged; lower --learning_rate"),
+                             (2, "agnews", "lora"): RuntimeError("a fault of ours")}), []  # fmt: skip
+    monkeypatch.setattr(runs, "train_adapter", trainer)
+    with pytest.raises(InputError) as refusal:
+        run_study({"a": PLAN}, tmp_path / "results", tmp_path / "work", None, say=said.append, workers=1)
+    assert len(trainer.done) == 8 + 8 - 2
+    first = "minilm/sst2/copra/lr0.01-steps4-seed1: by step 3 it diverged"
+    assert str(refusal.value).startswith(f"2 runs or measurements failed, the first: {first}")
+    places = {
+        text.split(" ")[0] + text[:60].split("/")[1]: i for i, text in enumerate(said) if text.startswith("FAILED")
+    }
+    assert said[places["FAILEDagnews"]] == "FAILED minilm/agnews/lora/lr0.01-steps4-seed2: a fault of ours"
+    traces = [i for i, text in enumerate(said) if text.startswith("Traceback")]
+    assert traces == [places["FAILEDagnews"] - 1], "what is known of a fault of ours, and of nothing else"
+
+
+def test_a_study_ends_where_every_run_fails(tmp_path, monkeypatch):
+    wrong = {(0, task, method): InputError("no room; make some") for task in PLAN.tasks for method in VARIANTS}
+    trainer = Failing(wrong)
+    monkeypatch.setattr(runs, "train_adapter", trainer)
+    many = plan(learning_rate=[1e-4, 1e-3, 1e-2])
+    with pytest.raises(InputError, match="^10 runs or measurements failed"):
+        run_study({"a": many}, tmp_path / "results", tmp_path / "work", None, say=quiet, workers=1)
+    assert trainer.done == []
+
+
+def test_data_that_is_not_there_is_refused_before_the_first_run(tmp_path, monkeypatch):
+    """The packaged sample has no Yelp."""
+    trainer = Trainer()
+    monkeypatch.setattr(runs, "train_adapter", trainer)
+    with pytest.raises(InputError, match="has no yelp"):
+        run_study({"a": plan(tasks=["sst2", "yelp"])}, tmp_path / "results", tmp_path / "work", "sample", say=quiet,
+                  workers=1)  # fmt: skip
+    assert trainer.done == []
+
+
 def test_what_is_missing_is_counted_and_timed(study, tmp_path):
     """Before: 8 tuning runs and 2 more seeds of 4 cells, not yet timed. With seed 2 missing: four runs of 4 seconds."""
     before = list(cost_lines({"a": PLAN}, tmp_path / "results", None, Selection()))
@@ -296,6 +347,24 @@ def test_the_tasks_adapters_of_a_seed_are_merged_with_each_other(measured):
     for task in whole.tasks:
         assert made.metrics[f"test/{task}/accuracy/single"] == known["single"][task][0,]
     assert "tasks in one, fused" in means_table(records, whole)
+
+
+def test_groups_that_share_a_task_train_its_missing_adapter_once(measured, tmp_path):
+    """Where records alone were kept, and two groups want the adapter of sst2."""
+    whole, results, work, _ = measured
+    results, work = shutil.copytree(results, tmp_path / "results"), shutil.copytree(work, tmp_path / "work")
+    for made in results.glob("*/sst2+agnews"):
+        shutil.rmtree(made)
+    for adapter in work.glob("*/*/lora/*seed0/"):
+        shutil.rmtree(adapter)
+    twice = dataclasses.replace(whole, groups=[["sst2", "agnews"], ["agnews", "sst2"]])
+    part, said = Selection(variants=["lora"], seeds=[0]), []
+    *_, kept, merged = waves(Store(results, work, quiet), twice, part, "sample")
+    assert [job.name.split("/")[1] for job in kept] == ["sst2", "agnews"], "jobs of a list run side by side"
+    assert [job.name.split("/")[1] for job in merged] == ["sst2+agnews", "agnews+sst2"]
+    run_study({"a": twice}, results, work, "sample", selection=part, say=said.append, workers=1)
+    assert sum("no adapter there" in text for text in said) == 2
+    assert len(list(results.glob("*/*+*/lora/*.json"))) == 4
 
 
 def test_distances_are_those_of_the_adapters(measured):

@@ -13,11 +13,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-from copra_llm.errors import InputError
+from copra_llm.errors import InputError, Preempted
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,20 @@ class Job:
     arguments: tuple = ()
 
 
-def run_jobs(jobs: Sequence[Job], workers: int | None = None, say: Callable[[str], None] = print) -> list[Any]:
+def run_jobs(
+    jobs: Sequence[Job],
+    workers: int | None = None,
+    say: Callable[[str], None] = print,
+    failed: Callable[[Job, Exception], None] | None = None,
+) -> list[Any]:
     """Do all jobs; what they return, in their order.
 
     Args:
         jobs: independent of each other.
         workers: processes side by side; 1: this process; None: one a GPU, or one a CPU core where there is none.
         say: reports each finished job with the time left.
+        failed: told of a job that has failed; unless it raises, the others go on, and None stands for what the job
+            would have returned. None: the first failure ends all.
 
     Raises:
         InputError: if a job's input is wrong, or `workers` is not positive. Jobs in progress are ended.
@@ -43,9 +50,9 @@ def run_jobs(jobs: Sequence[Job], workers: int | None = None, say: Callable[[str
     workers = default_workers() if workers is None else workers
     if workers < 1:
         raise InputError(f"--workers is {workers}, but must be at least 1")
-    report = _Report(len(jobs), say)
+    report = _Report(len(jobs), say, failed)
     if workers == 1 or len(jobs) < 2:
-        return [report.done(job, job.function(*job.arguments)) for job in jobs]
+        return [report.done(job, lambda job=job: job.function(*job.arguments)) for job in jobs]
     context = multiprocessing.get_context("spawn")
     places, stopping = context.Queue(), context.Event()
     for place in range(workers):
@@ -53,9 +60,8 @@ def run_jobs(jobs: Sequence[Job], workers: int | None = None, say: Callable[[str
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(places, stopping, workers))
     with pool, _ending_workers(pool, stopping):
         futures = {pool.submit(_do, job): job for job in jobs}
-        for future in as_completed(futures):
-            report.done(futures[future], future.result())
-    return [future.result() for future in futures]
+        values = {id(futures[future]): report.done(futures[future], future.result) for future in as_completed(futures)}
+    return [values[id(job)] for job in jobs]
 
 
 def default_workers() -> int:
@@ -68,10 +74,20 @@ def default_workers() -> int:
 class _Report:
     """Says what is finished, and when the rest may be."""
 
-    def __init__(self, total: int, say: Callable[[str], None]):
-        self.total, self.say, self.finished, self.started = total, say, 0, time.time()
+    def __init__(self, total: int, say: Callable[[str], None], failed: Callable[[Job, Exception], None] | None = None):
+        self.total, self.say, self.failed, self.finished, self.started = total, say, failed, 0, time.time()
 
-    def done(self, job: Job, value: Any) -> Any:
+    def done(self, job: Job, result: Callable[[], Any]) -> Any:
+        """What `result()` gives; None if the job has failed and the others are to go on."""
+        try:
+            value = result()
+        except (Preempted, BrokenExecutor):  # no fault of the job
+            raise
+        except Exception as error:
+            if self.failed is None:
+                raise
+            self.failed(job, error)
+            value = None
         self.finished += 1
         left = (time.time() - self.started) / self.finished * (self.total - self.finished)
         self.say(f"[{self.finished}/{self.total}, some {_span(left)} left] {job.name}")

@@ -79,7 +79,7 @@ class Store:
         """A run's record, from disk if it is there (with its adapter beside the work, where that is wanted)."""
         record = self.record_file(run)
         self.borrow(record, run)
-        if not record.is_file() or (adapter_wanted and not (self.folder(run) / ADAPTER).is_dir()):
+        if not record.is_file() or (adapter_wanted and not self.has_adapter(run)):
             result = self._train(run)
             write_result(record, portable(result, run.variant))
             task = run.config.data.tasks[0]
@@ -99,10 +99,14 @@ class Store:
                 self.say(f"{record}: taken from {folder}")
                 return
 
+    def has_adapter(self, run: Run) -> bool:
+        """Whether a run's adapter has been kept."""
+        return (self.folder(run) / ADAPTER).is_dir()
+
     def adapter(self, run: Run) -> AdapterWeights:
         """A run's adapter; trained, without a record among the results, if it is not there."""
         folder = self.folder(run)
-        if not (folder / ADAPTER).is_dir():
+        if not self.has_adapter(run):
             self.say(f"{folder}: no adapter there, training one")
             self._train(run)
         return load_adapter_weights(folder)

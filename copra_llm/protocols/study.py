@@ -6,8 +6,9 @@ For every entry of a plan (`comparisons.py`):
 2. seed after seed, every cell at its settings: train, then all that can be measured with the seeds there are: the
    lines to the seeds before, smaller variants, Shapley values, distances; then the tasks' adapters in one.
 
-So wherever it is stopped, all tasks and cells have the same seeds, or all but one. Every run and measurement is a
-record, in the folders of `runs.py`, beside the run's own `<run>.json`:
+So wherever it is stopped, all tasks and cells have the same seeds, or all but one. A run that fails is named, and does
+not keep the others from going on. Every run and measurement is a record, in the folders of `runs.py`, beside the run's
+own `<run>.json`:
 
     pruned-<run>.json, layer-loss-<run>.json, distance-<run>.json, <rule>-<settings>-seeds<i>-<j>.json
     <task>+<task>/<variant>/<rule>-<run>.json        adapters of several tasks in one
@@ -19,10 +20,13 @@ from __future__ import annotations
 
 import itertools
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from copra_llm.adapters import AdapterWeights
+from copra_llm.build import training_labels
+from copra_llm.errors import InputError
 from copra_llm.evaluate import Evaluation
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.protocols.comparisons import Cell, Comparison, Selection, cells, chosen_runs, tuning_runs
@@ -63,16 +67,19 @@ def run_study(
         workers: processes side by side; None: one a GPU, or one a core.
 
     Raises:
-        InputError: if the selection names what no entry has, or a record is of other settings than the plan's.
+        InputError: if the selection names what no entry has, there is no data of a task, a record is of other settings
+            than the plan's; at the end if runs have failed, or at the tenth of them.
     """
     selection = selection or Selection()
     selection.check(list(comparisons.values()))
-    store = Store(results, work, say, others)
+    store, failures = Store(results, work, say, others), _Failures(say)
     for name, whole in comparisons.items():
-        for jobs in waves(store, whole, selection, data_root):
-            if jobs:
-                say(f"{name}: {len(jobs)} cells")
-                run_jobs(jobs, workers, say)
+        for place, jobs in enumerate(filter(None, waves(store, whole, selection, data_root))):
+            if place == 0:
+                _check_data(whole, selection, data_root)
+            say(f"{name}: {len(jobs)} cells")
+            run_jobs(jobs, workers, say, failures.add)
+    failures.report()
 
 
 def waves(store: Store, whole: Comparison, selection: Selection, data_root: str | None) -> Iterator[list[Job]]:
@@ -89,11 +96,15 @@ def waves(store: Store, whole: Comparison, selection: Selection, data_root: str 
                     own = run.replace(seed=seed)
                     jobs.append(Job(f"{own.place}/{own.name}", measured, (store, whole, run, seed)))
         yield jobs
-        yield [
-            Job(f"{run.place}/{run.name}", merged_tasks, (store, whole, run))
+        groups = [
+            run
             for run in group_runs(store, whole, wanted, seed, data_root)
             if set(run.config.data.tasks) <= set(tasks) and missing_of_group(store, whole, run)
         ]
+        # Groups share tasks: what one adapter is missing is trained once, and not by several of them at a time.
+        singles = {single.place: single for run in groups for single in singles_of(run).values()}
+        yield [Job(f"{s.place}/{s.name}", kept, (store, s)) for s in singles.values() if not store.has_adapter(s)]
+        yield [Job(f"{run.place}/{run.name}", merged_tasks, (store, whole, run)) for run in groups]
 
 
 def _tuning_jobs(store: Store, comparison: Comparison, wanted: list[Cell], data_root: str | None) -> list[Job]:
@@ -172,6 +183,11 @@ def measured(store: Store, comparison: Comparison, run: Run, seed: int) -> None:
         _measure_distance(store, own)
 
 
+def kept(store: Store, run: Run) -> None:
+    """See to it that a run's adapter is there."""
+    store.adapter(run)
+
+
 def group_runs(store: Store, comparison: Comparison, wanted: list[Cell], seed: int, data_root: str | None) -> list[Run]:
     """One a group of tasks and cell at its settings: its `tasks` are the group's, whose adapters of this seed merge."""
     return [
@@ -179,6 +195,11 @@ def group_runs(store: Store, comparison: Comparison, wanted: list[Cell], seed: i
         for group, cell in itertools.product(comparison.groups, wanted)
         for run in chosen_runs(comparison, cell, group[0], record_in(store), data_root)
     ]
+
+
+def singles_of(run: Run) -> dict[str, Run]:
+    """A group's runs, one a task."""
+    return {task: run.replace(tasks=[task]) for task in run.config.data.tasks}
 
 
 def missing_of_group(store: Store, comparison: Comparison, run: Run) -> dict[str, Path]:
@@ -190,7 +211,7 @@ def missing_of_group(store: Store, comparison: Comparison, run: Run) -> dict[str
 def merged_tasks(store: Store, comparison: Comparison, run: Run) -> None:
     """Merge the adapters of a group's tasks by every rule, and evaluate each on all of them."""
     tasks = run.config.data.tasks
-    singles = {task: store.adapter(run.replace(tasks=[task])) for task in tasks}
+    singles = {task: store.adapter(single) for task, single in singles_of(run).items()}
     evaluator = Remembering(run.config, tasks, "test")
     alone = {task: evaluator(singles[task], task) for task in tasks}
     missing = missing_of_group(store, comparison, run)
@@ -198,6 +219,39 @@ def merged_tasks(store: Store, comparison: Comparison, run: Run) -> None:
         result = merged_record(run.config, rule, singles, alone, dict.fromkeys(tasks, evaluator), {})
         write_result(missing[rule.name], portable(result, run.variant))
         store.say(f"{missing[rule.name]}: mean accuracy {result.metrics['test/mean/accuracy/merged']:.1f}")
+
+
+MOST_FAILURES = 10
+"""After so many something is wrong with more than a run."""
+
+
+class _Failures:
+    """Which jobs have failed, and why."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.sentences = say, []
+
+    def add(self, job: Job, error: Exception) -> None:
+        """Name a job that has failed, with all there is to know if its input was not what was wrong."""
+        if not isinstance(error, InputError):
+            self.say("".join(traceback.format_exception(error)))
+        self.sentences.append(f"{job.name}: {error}")
+        self.say(f"FAILED {self.sentences[-1]}")
+        if len(self.sentences) == MOST_FAILURES:
+            self.report()
+
+    def report(self) -> None:
+        """Raises InputError if any have."""
+        if self.sentences:
+            raise InputError(f"{len(self.sentences)} runs or measurements failed, the first: {self.sentences[0]}; "
+                             "mend that and start the study again, which goes on with what is missing")  # fmt: skip
+
+
+def _check_data(comparison: Comparison, selection: Selection, data_root: str | None) -> None:
+    """Refuse what has no data before anything is trained."""
+    run = cells(comparison)[0].run(comparison.tasks[0], *cells(comparison)[0].candidates[0], data_root)
+    for task in filter(selection.wants, comparison.tasks):
+        training_labels(run.config, task)
 
 
 class Remembering(AdapterEvaluator):
