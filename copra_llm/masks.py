@@ -39,11 +39,32 @@ def sample_mask(p: float | Sequence[float], num_layers: int, *, seed: int, step:
     Raises:
         ValueError: if `p` or `num_layers` is out of range.
     """
+    return _conditioned(_of_layers(p, num_layers), _uniforms(num_layers, seed, step))
+
+
+def sample_masks(p: float | Sequence[float], num_layers: int, count: int, *, seed: int, step: int) -> np.ndarray:
+    """Masks of a step's examples, independent of each other and of `sample_mask`'s; each never empty.
+
+    Example i's is a pure function of (seed, step, i): it does not depend on how many there are.
+
+    Args:
+        p, num_layers, seed, step: as in `sample_mask`.
+        count: number of examples.
+
+    Returns:
+        bool array `(count, num_layers)`.
+    """
     probs = _of_layers(p, num_layers)
+    return np.array([_conditioned(probs, _uniforms(num_layers, seed, step, i + 1)) for i in range(count)])
+
+
+def _conditioned(probs: Sequence[float], uniforms: np.ndarray) -> np.ndarray:
+    """The mask that these numbers in [0, 1) stand for, by the head's law."""
+    num_layers = len(probs)
     alike = all(q == probs[0] for q in probs)
     mask = np.zeros(num_layers, dtype=bool)
     any_active = False
-    for layer, u in enumerate(_uniforms(num_layers, seed, step)):
+    for layer, u in enumerate(uniforms):
         if any_active:
             limit = probs[layer]
         elif alike:
@@ -91,12 +112,13 @@ def _first_of_unequal(left: Sequence[float]) -> float:
     return left[0] if 1.0 in left else left[0] / -math.expm1(sum(math.log1p(-q) for q in left))
 
 
-def _uniforms(n: int, seed: int, step: int) -> np.ndarray:
-    """`n` doubles in [0, 1) from Philox(key=seed, counter=step).
+def _uniforms(n: int, seed: int, step: int, stream: int = 0) -> np.ndarray:
+    """`n` doubles in [0, 1) from Philox(key=seed, counter=(step, stream)).
 
     The step goes into the counter's second word: the generator itself counts blocks of four in the first
-    word, so steps in neighbouring first words would share their numbers. Raw words are scaled here, since
+    word, so steps in neighbouring first words would share their numbers. The stream goes into the fourth, since other
+    modules number theirs in the third. Raw words are scaled here, since
     NumPy promises stable raw streams but not stable distributions over them.
     """
-    raw = np.random.Philox(key=seed, counter=int(step) << 64).random_raw(n)
+    raw = np.random.Philox(key=seed, counter=int(step) << 64 | int(stream) << 192).random_raw(n)
     return (raw >> np.uint64(11)) * 2.0**-53

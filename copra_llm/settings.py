@@ -126,6 +126,7 @@ class ScheduleSettings:
     rate_compensation: float = setting(
         0.0, "Ablation: divide the learning rate by this power, in [0, 1], of the layers' share of active steps."
     )
+    mask_per: str = setting("step", "What a mask is drawn for: step, or (ablation) each example of a batch: example.")
     granularity: str = setting("layer", "What one gate switches: layer (a transformer block) or module.")
     layer_pattern: str | None = setting(None, "Regular expression whose match ends a layer's name; unset: an integer.")
     stochastic_depth: float | None = setting(
@@ -141,6 +142,11 @@ class ScheduleSettings:
         if self.rate_compensation and self.depth_spread:
             raise InputError("--rate_compensation needs one share of active steps for all layers, but --depth_spread "
                              "gives each its own; give one of them")  # fmt: skip
+        if self.mask_per not in ("step", "example"):
+            raise InputError(f"--mask_per is {self.mask_per!r}, but must be step or example")
+        if self.mask_per == "example" and self.rate_compensation:
+            raise InputError("--rate_compensation makes up for steps in which a layer does not move, but with "
+                             "--mask_per example it moves in nearly all; give one of them")  # fmt: skip
         if self.stochastic_depth is not None:
             if not 0.0 < self.stochastic_depth < 1.0:
                 raise InputError(f"--stochastic_depth is {self.stochastic_depth:g}, but must lie in (0, 1)")

@@ -54,6 +54,7 @@ from copra_llm.compiled import check_compile, compiled_blocks
 from copra_llm.config import RunConfig
 from copra_llm.errors import InputError, Preempted
 from copra_llm.evaluate import evaluate, load_metrics, scoring
+from copra_llm.example_masks import ExampleMasks, check_example_masks
 from copra_llm.gates import LayerGates
 from copra_llm.launch import accelerator_of, backend_of, check_launch, check_same_base, process_group
 from copra_llm.liger import apply_liger, check_liger
@@ -118,6 +119,8 @@ def _train(accelerator: Accelerator, config: RunConfig, tasks: list[str], folder
         check_liger(accelerator.device)
     if config.train.torch_compile:
         check_compile(config, accelerator.device)
+    if config.schedule.mask_per == "example":
+        check_example_masks(config, accelerator, tasks)
     more_metrics = load_metrics(config.train.metrics)
     bench = build(config, tasks)
     check_same_base(accelerator, bench.base.fingerprint)
@@ -204,6 +207,8 @@ def fit(
     gates = LayerGates(
         classifier, config.schedule.granularity, config.schedule.layer_pattern, fused=settings.use_fused_lora
     )
+    example_by_example = config.schedule.mask_per == "example"
+    apart = ExampleMasks(gates, example_by_example, settings.seed_of("mask"), _examples_a_step(config, accelerator))
     depth = StochasticDepth(classifier, gates.keys, config.schedule.stochastic_depth, settings.seed_of("mask"))
     optimizer = make_optimizer(classifier, settings)
     # Not prepared: Accelerate would step it once a process, but rate and p(t) count optimizer steps.
@@ -214,7 +219,9 @@ def fit(
     examples = _examples_a_step(config, accelerator)
     progress = resume(accelerator, config, folder, classifier, optimizer, scheduler, examples, total_steps)
     samples = Samples(accelerator, bench, config, progress)
-    if progress.step == 0 and accelerator.is_main_process and (why := too_short(schedule, whole, gates.num_layers)):
+    # Where masks are drawn for each example, some of them have each layer in nearly every step.
+    why = too_short(schedule, whole, gates.num_layers) if progress.step == 0 and not example_by_example else None
+    if why and accelerator.is_main_process:
         print(f"warning: {why}", file=sys.stderr)
     claim(accelerator, folder, config.replace(tasks=[task.name for task in bench.tasks]))
     micro_batches = examples // progress.stream_batch_size
@@ -248,10 +255,12 @@ def fit(
             now = first + step  # of `whole`: the run may be a part of a longer one
             p = schedule.of_layers(now / whole, gates.num_layers)
             mask = sample_mask(p, gates.num_layers, seed=settings.seed_of("mask"), step=now)
+            mask = apart.draw(mask, p, now)
             _seed_noise(settings.seed_of("data"), now, accelerator.process_index)
-            with gates.applied(mask, layer_scales(config.schedule, p)), depth.applied(now):
+            with apart.applied(), gates.applied(mask, layer_scales(config.schedule, p)), depth.applied(now):
                 parts = next_step(accelerator, batches, settings.gradient_accumulation_steps)
                 for part, batch in enumerate(parts, 1):
+                    apart.turn(settings.per_device_train_batch_size)
                     loss = classifier(batch)
                     backend.backward(loss, last=part == len(parts))
                     logged.add(loss)

@@ -31,7 +31,7 @@ ROWS = [
     ]
     + ["initial", "packing", "linear_loss", "language_model", "choice_model", "conversations"]
     + ["towers", "replaced", "image_inputs", "images", "text_tower", "dual_encoder", "linear_probe"]
-    + ["stochastic_depth", "compensation", "fused_linear", "shared_inputs", "label_tree"],
+    + ["stochastic_depth", "compensation", "example_masks", "fused_linear", "shared_inputs", "label_tree"],
     ["merge", "prune", "quantise", "export", "build", "similarity"],
     [
         "train",
