@@ -33,6 +33,7 @@ from transformers import get_scheduler
 
 from copra_llm.activations import checkpoint_activations, kept_activations
 from copra_llm.adapter_files import RESULT
+from copra_llm.attention import without_cudnn_attention
 from copra_llm.batches import Ahead, BatchStream, EncodedSplit, train_loader
 from copra_llm.best import BestAdapter
 from copra_llm.build import Workbench, build
@@ -249,8 +250,8 @@ def fit(
     signals = sigterm(accelerator, settings.ddp_timeout)
     regions = gates.keys if settings.torch_compile else []
     compiled = compiled_blocks(bench.base.model, regions, settings.torch_compile_backend)
-    kept = kept_activations(bench.base.model)
-    with noise, kept, compiled, _bar(accelerator, progress.step, total_steps) as bar, signals as asked_to_stop:
+    kept, sound = kept_activations(bench.base.model), without_cudnn_attention()
+    with noise, kept, sound, compiled, _bar(accelerator, progress.step, total_steps) as bar, signals as asked_to_stop:
         for step in range(progress.step, total_steps):
             now = first + step  # of `whole`: the run may be a part of a longer one
             p = schedule.of_layers(now / whole, gates.num_layers)

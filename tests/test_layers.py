@@ -46,7 +46,7 @@ ROWS = [
         "plane",
         "variants",
     ]
-    + ["optimizer", "best", "samples", "liger", "processes", "neftune", "activations", "compiled"]
+    + ["optimizer", "best", "samples", "liger", "processes", "neftune", "activations", "attention", "compiled"]
     + ["exchange", "backends", "sharded", "zero", "launch"]
     + ["prefixes", "coalitions", "ledger", "generate"],
     ["figures"],

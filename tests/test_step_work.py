@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import copra_llm
 from copra_llm import masks, train
 from copra_llm.activations import checkpoint_activations
+from copra_llm.attention import without_cudnn_attention
 from copra_llm.build import build
 from copra_llm.config import RunConfig
 from copra_llm.train import _accelerator, fit
@@ -85,6 +86,36 @@ def test_no_step_of_ours_waits_on_a_gpu(tiny_llama, tmp_path):
             torch.cuda.set_sync_debug_mode("default")
     waited = {Path(w.filename).name for w in said if "synchronizing CUDA operation" in str(w.message)}
     assert waited <= {"masking_utils.py"} and len(done) == config.train.max_steps
+
+
+def test_steps_leave_out_cudnns_attention_and_nothing_else(tiny_llama, tmp_path):
+    """Whose gradients may be no numbers where there is padding; before and after, torch is as it was."""
+    config, asked = conversations(tiny_llama, tmp_path, max_steps=2), []
+    bench = build(config, config.data.tasks)
+    bench.base.model.model.layers[0].register_forward_pre_hook(lambda *args: asked.append(kernels()))
+    before = kernels()
+    fit(_accelerator(config, tmp_path / "run"), bench, config, tmp_path / "run", lambda: None)
+    assert before[0], "cuDNN's is allowed by torch itself"
+    assert asked[-1] == (False, *before[1:]) and kernels() == before
+
+
+def kernels() -> tuple[bool, ...]:
+    """Which attention kernels torch may choose, cuDNN's first."""
+    cuda = torch.backends.cuda
+    return cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+
+
+@pytest.mark.gpu
+def test_padding_on_the_left_has_finite_gradients_on_a_gpu():
+    """At the length at which cuDNN's backward pass may fail on Hopper: 64, with rows that attend to nothing."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    allowed = torch.ones(64, 64, dtype=torch.bool, device="cuda").tril().repeat(2, 1, 1, 1)
+    allowed[0, :, :, :20] = False
+    with without_cudnn_attention():
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        out[:, :, 20:].square().sum().backward()
+    assert all(bool(t.grad.isfinite().all()) for t in (q, k, v))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])

@@ -66,15 +66,16 @@ def test_verdicts(low, high, larger, said):
 
 
 def test_verdicts_and_advice_are_those_of_the_records():
-    """CopRA is 2 lower alone and 4 higher fused, on the one entry that has been run."""
-    entries = {"headline": ONE_RATE, "smollm2": plan(model="smollm2"), "clip": plan(model="clip")}
+    """CopRA is 2 lower alone and 4 higher fused, on the one entry that has been run. Another has the same model."""
+    longer = plan(max_steps=[8, 16])
+    entries = {"headline": ONE_RATE, "half_long": longer, "smollm2": plan(model="smollm2"), "clip": plan(model="clip")}
     made = synthetic(ONE_RATE)
     rows = [line.strip("| ").split(" | ") for line in verdicts_table(made, entries).splitlines()[2:]]
     assert rows == [
-        ["an adapter alone is better", "minilm", "-2.0 [-2.0, -2.0] (2, 3)", "no: worse"],
-        ["two seeds, fused, are better", "minilm", "4.0 [4.0, 4.0] (2, 3)", "yes"],
-        ["fusing two seeds loses less", "minilm", "-6.0 [-6.0, -6.0] (2, 3)", "yes"],
-        ["the barrier between two seeds is lower", "minilm", "-6.0 [-6.0, -6.0] (2, 3)", "yes"],
+        ["an adapter alone is better", "minilm, 4 steps", "-2.0 [-2.0, -2.0] (2, 3)", "no: worse"],
+        ["two seeds, fused, are better", "minilm, 4 steps", "4.0 [4.0, 4.0] (2, 3)", "yes"],
+        ["fusing two seeds loses less", "minilm, 4 steps", "-6.0 [-6.0, -6.0] (2, 3)", "yes"],
+        ["the barrier between two seeds is lower", "minilm, 4 steps", "-6.0 [-6.0, -6.0] (2, 3)", "yes"],
     ]
     advised = dict(line.strip("| ").split(" | ") for line in advice_table(made, entries).splitlines()[2:])
     assert advised["serve it alone"] == "lora"

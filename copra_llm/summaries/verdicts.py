@@ -20,7 +20,7 @@ from copra_llm.report.tables import markdown_table
 from copra_llm.results import Result
 from copra_llm.summaries.study import COLUMNS, Row, reference_of, rows_of
 
-JUDGED = ("headline", "smollm2", "clip")
+JUDGED = ("headline", "half_long", "smollm2", "clip")
 """Entries of the plan with seeds enough for a verdict."""
 
 
@@ -82,8 +82,7 @@ def verdicts_table(results: Iterable[Result], comparisons: Mapping[str, Comparis
         for name in JUDGED:
             cells = [_judged(found[name].get(variant, {}).get(claim.outcome), claim) for variant in variants]
             if any(difference for difference, _ in cells):
-                model = portable_name(comparisons[name].model)
-                lines.append((claim.what, model, *(cell for pair in cells for cell in pair)))
+                lines.append((claim.what, _label(name, comparisons), *(cell for pair in cells for cell in pair)))
     heads = [head for variant in variants for head in ((f"{variant} − LoRA (tasks, seeds)",), ("",))]
     return markdown_table([("claim, against LoRA",), ("model",), *heads], lines)
 
@@ -97,8 +96,16 @@ def advice_table(results: Iterable[Result], comparisons: Mapping[str, Comparison
     found = {name: dict(_differences(results, comparisons[name])) for name in JUDGED}
     names = [name for name in JUDGED if found[name]]
     lines = [(use, *(_advised(found[name], outcome) for name in names)) for use, outcome in USES.items()]
-    heads = [(portable_name(comparisons[name].model),) for name in names]
+    heads = [(_label(name, comparisons),) for name in names]
     return markdown_table([("to",), *heads], lines) if names else ""
+
+
+def _label(name: str, comparisons: Mapping[str, Comparison]) -> str:
+    """An entry's model; with its numbers of steps where another entry has the same model."""
+    own = comparisons[name]
+    alike = [other for other in JUDGED if comparisons[other].model == own.model]
+    steps = " or ".join(map(str, own.max_steps))
+    return f"{portable_name(own.model)}, {steps} steps" if len(alike) > 1 else portable_name(own.model)
 
 
 def _differences(results: list[Result], comparison: Comparison) -> Iterator[tuple[str, dict[str, OverTasks]]]:
