@@ -57,12 +57,14 @@ def test_the_tables_say_what_the_records_hold():
 
 
 @pytest.mark.parametrize(
-    "low, high, larger, said",
-    [(0.5, 2.0, True, "yes"), (0.5, 2.0, False, "no: worse"), (-2.0, -0.5, True, "no: worse"),
-     (-2.0, -0.5, False, "yes"), (-1.0, 1.0, True, "not shown"), (math.nan, math.nan, True, "not shown")],
+    "low, high, larger, seeds, said",
+    [(0.5, 2.0, True, 3, "yes"), (0.5, 2.0, False, 3, "no: worse"), (-2.0, -0.5, True, 5, "no: worse"),
+     (-2.0, -0.5, False, 5, "yes"), (-1.0, 1.0, True, 5, "not shown"), (math.nan, math.nan, True, 1, "not shown"),
+     (0.5, 2.0, True, 2, "not shown")],
 )  # fmt: skip
-def test_verdicts(low, high, larger, said):
-    assert verdict(Estimate((low + high) / 2, low, high), larger) == said
+def test_verdicts(low, high, larger, seeds, said):
+    """Two seeds that happen to agree show nothing."""
+    assert verdict(Estimate((low + high) / 2, low, high), larger, seeds) == said
 
 
 def test_verdicts_and_advice_are_those_of_the_records():

@@ -2,7 +2,7 @@
 
     yes        the 95 % interval of the difference from LoRA lies on the better side of 0
     no: worse  it lies on the other side
-    not shown  it holds 0, or there are too few seeds for an interval
+    not shown  it holds 0, or there are fewer than three seeds, whose spread may be small by chance
 
 Differences are those of the tables of `summaries.study`.
 """
@@ -22,6 +22,9 @@ from copra_llm.summaries.study import COLUMNS, Row, reference_of, rows_of
 
 JUDGED = ("headline", "half_long", "smollm2", "clip")
 """Entries of the plan with seeds enough for a verdict."""
+
+
+LEAST_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,9 @@ USES = {
 """What somebody may want of an adapter -> the outcome that says how good it is."""
 
 
-def verdict(difference: Estimate, larger: bool) -> str:
-    """What an interval says of "better" (see the head of this file)."""
-    if not difference.has_interval or difference.low <= 0.0 <= difference.high:
+def verdict(difference: Estimate, larger: bool, seeds: int) -> str:
+    """What an interval over so many seeds says of "better" (see the head of this file)."""
+    if seeds < LEAST_SEEDS or not difference.has_interval or difference.low <= 0.0 <= difference.high:
         return "not shown"
     return "yes" if (difference.low > 0.0) == larger else "no: worse"
 
@@ -127,12 +130,14 @@ def _judged(found: OverTasks | None, claim: Claim) -> tuple[str | None, str | No
     if found is None:
         return None, None
     difference = format(found.estimate, COLUMNS[claim.outcome][1])
-    return f"{difference} ({len(found.tasks)}, {len(found.seeds)})", verdict(found.estimate, claim.larger)
+    return f"{difference} ({len(found.tasks)}, {len(found.seeds)})", verdict(
+        found.estimate, claim.larger, len(found.seeds)
+    )
 
 
 def _advised(variants: Mapping[str, Mapping[str, OverTasks]], outcome: str) -> str | None:
-    there = {name: own[outcome].estimate for name, own in variants.items() if outcome in own}
-    better = {name: own for name, own in there.items() if verdict(own, True) == "yes"}
+    there = {name: own[outcome] for name, own in variants.items() if outcome in own}
+    better = {name: own.estimate for name, own in there.items() if verdict(own.estimate, True, len(own.seeds)) == "yes"}
     if not better:
         return "lora" if there else None
     best = max(better, key=lambda name: better[name].mean)
