@@ -102,7 +102,7 @@ def waves(store: Store, whole: Comparison, selection: Selection, data_root: str 
             if set(run.config.data.tasks) <= set(tasks) and missing_of_group(store, whole, run)
         ]
         # Groups share tasks: what one adapter is missing is trained once, and not by several of them at a time.
-        singles = {single.place: single for run in groups for single in singles_of(run).values()}
+        singles = {store.folder(single): single for run in groups for single in singles_of(run).values()}
         yield [Job(f"{s.place}/{s.name}", kept, (store, s)) for s in singles.values() if not store.has_adapter(s)]
         yield [Job(f"{run.place}/{run.name}", merged_tasks, (store, whole, run)) for run in groups]
 
