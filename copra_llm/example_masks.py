@@ -88,8 +88,14 @@ class ExampleMasks:
 
     def turn(self, rows: int) -> None:
         """The next `rows` examples of the step come."""
-        self.now = self._masks[self._next : self._next + rows]
-        self._next += rows
+        if self.asked:
+            self._now = torch.from_numpy(self._masks[self._next : self._next + rows])
+            self._next += rows
+
+    def now(self, device: torch.device) -> Tensor:
+        """The masks of the examples whose turn it is, bool `(rows, num_layers)`; brought to the device once a turn."""
+        self._now = self._now.to(device)
+        return self._now
 
 
 class _Rows:
@@ -99,9 +105,8 @@ class _Rows:
         self.masks, self.layer = masks, layer
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        mask = self.masks.now[:, self.layer]
+        mask = self.masks.now(output.device)[:, self.layer]
         if len(output) != len(mask):
             raise InputError(f"--mask_per example needs a row an example, but a layer got {len(output)} rows for "
                              f"{len(mask)} examples; leave it out")  # fmt: skip
-        kept = torch.from_numpy(mask).to(output.device, output.dtype, non_blocking=True)
-        return output * kept.view(-1, *[1] * (output.dim() - 1))
+        return output * mask.to(output.dtype).view(-1, *[1] * (output.dim() - 1))

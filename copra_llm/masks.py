@@ -117,8 +117,8 @@ def _uniforms(n: int, seed: int, step: int, stream: int = 0) -> np.ndarray:
 
     The step goes into the counter's second word: the generator itself counts blocks of four in the first
     word, so steps in neighbouring first words would share their numbers. The stream goes into the fourth, since other
-    modules number theirs in the third. Raw words are scaled here, since
-    NumPy promises stable raw streams but not stable distributions over them.
+    modules number theirs in the third. Raw words are scaled here, since NumPy promises stable raw streams but not
+    stable distributions over them.
     """
     raw = np.random.Philox(key=seed, counter=int(step) << 64 | int(stream) << 192).random_raw(n)
     return (raw >> np.uint64(11)) * 2.0**-53

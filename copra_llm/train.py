@@ -208,8 +208,8 @@ def fit(
     gates = LayerGates(
         classifier, config.schedule.granularity, config.schedule.layer_pattern, fused=settings.use_fused_lora
     )
-    example_by_example = config.schedule.mask_per == "example"
-    apart = ExampleMasks(gates, example_by_example, settings.seed_of("mask"), _examples_a_step(config, accelerator))
+    examples, example_by_example = _examples_a_step(config, accelerator), config.schedule.mask_per == "example"
+    apart = ExampleMasks(gates, example_by_example, settings.seed_of("mask"), examples)
     depth = StochasticDepth(classifier, gates.keys, config.schedule.stochastic_depth, settings.seed_of("mask"))
     optimizer = make_optimizer(classifier, settings)
     # Not prepared: Accelerate would step it once a process, but rate and p(t) count optimizer steps.
@@ -217,7 +217,6 @@ def fit(
     floor = {"min_lr": settings.min_lr} if settings.lr_scheduler_type == FLOORED else None
     scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, whole, floor)
     advance(scheduler, first)
-    examples = _examples_a_step(config, accelerator)
     progress = resume(accelerator, config, folder, classifier, optimizer, scheduler, examples, total_steps)
     samples = Samples(accelerator, bench, config, progress)
     # Where masks are drawn for each example, some of them have each layer in nearly every step.

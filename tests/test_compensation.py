@@ -98,15 +98,20 @@ class Net(nn.Module):
         return sum(layer(x) for layer in self.layers)
 
 
-@pytest.fixture
-def model() -> nn.Module:
+def adapted(net: type[nn.Module]) -> nn.Module:
+    """A net of three layers in double precision, with adapters that do something."""
     torch.manual_seed(0)
-    model = get_peft_model(Net().double(), LoraConfig(r=2, target_modules=["0", "1", "2"]),
+    model = get_peft_model(net().double(), LoraConfig(r=2, target_modules=["0", "1", "2"]),
                            autocast_adapter_dtype=False)  # fmt: skip
     for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p)
     return model
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return adapted(Net)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import LoraConfig, get_peft_model
+from test_compensation import CHI2_999_6, adapted, law
 from test_train import adapter_bytes
 from torch import nn
 
@@ -22,8 +20,6 @@ from copra_llm.gates import LayerGates
 from copra_llm.masks import sample_mask, sample_masks
 from copra_llm.train import train_adapter
 
-CHI2_999_6 = 22.458
-"""Upper 0.1 % point of chi-square with 6 degrees of freedom; seeds are fixed, so the test passes always or never."""
 P = [0.2, 0.5, 0.9]
 
 
@@ -32,14 +28,11 @@ P = [0.2, 0.5, 0.9]
 
 def test_each_examples_mask_follows_the_conditioned_law():
     """Over the examples of one step, and over the steps of one example."""
-    law = {m: math.prod(q if on else 1 - q for q, on in zip(P, m, strict=True))
-           for m in itertools.product((False, True), repeat=3) if any(m)}  # fmt: skip
     drawn = {"examples": sample_masks(P, 3, 4000, seed=1, step=5),
              "steps": np.array([sample_masks(P, 3, 3, seed=1, step=step)[2] for step in range(4000)])}  # fmt: skip
     for masks in drawn.values():
         rows = [tuple(map(bool, mask)) for mask in masks]
-        chi2 = sum((rows.count(m) - 4000 * w / sum(law.values())) ** 2 / (4000 * w / sum(law.values()))
-                   for m, w in law.items())  # fmt: skip
+        chi2 = sum((rows.count(m) - 4000 * q) ** 2 / (4000 * q) for m, q in law(P).items())
         assert chi2 < CHI2_999_6
 
 
@@ -69,13 +62,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def model() -> nn.Module:
-    torch.manual_seed(0)
-    adapted = get_peft_model(Net().double(), LoraConfig(r=2, target_modules=["0", "1", "2"]),
-                             autocast_adapter_dtype=False)  # fmt: skip
-    for name, p in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p)
-    return adapted
+    return adapted(Net)
 
 
 def gradients(model: nn.Module) -> list[torch.Tensor]:

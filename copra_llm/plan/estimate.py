@@ -85,10 +85,10 @@ def make_plan(config: RunConfig, cluster: ClusterSettings, shape: ShapeSettings 
         refuse(at, sizes, config)
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps * cluster.processes
     steps = _steps(config, cluster, rows)
-    share = participation(config.schedule.schedule(), sizes.players_of_block, steps)
     if config.schedule.mask_per == "example":
-        # Some example of the batch has each layer in nearly every step.
-        share = Participation(1.0, 1.0)
+        share = Participation(1.0, 1.0)  # some example of the batch has each layer in nearly every step
+    else:
+        share = participation(config.schedule.schedule(), sizes.players_of_block, steps)
     works = {pieces: _work(config, cluster, architecture, pieces) for pieces in {at.calls_pieces for at in layouts}}
     return Plan(
         name=source.name,

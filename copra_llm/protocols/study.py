@@ -249,7 +249,8 @@ class _Failures:
 
 def _check_data(comparison: Comparison, selection: Selection, data_root: str | None) -> None:
     """Refuse what has no data before anything is trained."""
-    run = cells(comparison)[0].run(comparison.tasks[0], *cells(comparison)[0].candidates[0], data_root)
+    first = cells(comparison)[0]
+    run = first.run(comparison.tasks[0], *first.candidates[0], data_root)
     for task in filter(selection.wants, comparison.tasks):
         training_labels(run.config, task)
 

@@ -25,6 +25,7 @@ JUDGED = ("headline", "half_long", "smollm2", "clip")
 
 
 LEAST_SEEDS = 3
+"""For a verdict."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def _label(name: str, comparisons: Mapping[str, Comparison]) -> str:
     """An entry's model; with its numbers of steps where another entry has the same model."""
     own = comparisons[name]
     alike = [other for other in JUDGED if comparisons[other].model == own.model]
-    steps = " or ".join(map(str, own.max_steps))
-    return f"{portable_name(own.model)}, {steps} steps" if len(alike) > 1 else portable_name(own.model)
+    model, steps = portable_name(own.model), " or ".join(map(str, own.max_steps))
+    return f"{model}, {steps} steps" if len(alike) > 1 else model
 
 
 def _differences(results: list[Result], comparison: Comparison) -> Iterator[tuple[str, dict[str, OverTasks]]]:
@@ -129,10 +130,8 @@ def _of_row(row: Row, other: Row) -> dict[str, OverTasks]:
 def _judged(found: OverTasks | None, claim: Claim) -> tuple[str | None, str | None]:
     if found is None:
         return None, None
-    difference = format(found.estimate, COLUMNS[claim.outcome][1])
-    return f"{difference} ({len(found.tasks)}, {len(found.seeds)})", verdict(
-        found.estimate, claim.larger, len(found.seeds)
-    )
+    seeds, difference = len(found.seeds), format(found.estimate, COLUMNS[claim.outcome][1])
+    return f"{difference} ({len(found.tasks)}, {seeds})", verdict(found.estimate, claim.larger, seeds)
 
 
 def _advised(variants: Mapping[str, Mapping[str, OverTasks]], outcome: str) -> str | None:
