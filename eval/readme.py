@@ -204,6 +204,7 @@ PAGES = {
         "headline_single": (of_study("headline", tasks_table("single")), "study"),
         "progress": (of_whole_study(progress_table), "study"),
         "verdicts": (of_whole_study(verdicts_table), "study"),
+        "schedules_verdicts": (of_whole_study(functools.partial(verdicts_table, reference="copra")), "study"),
         "stability": (of_study("headline", stability_table), "study"),
         "unequal": (federated_table, "study/results-clients"),
         "federated": (federated_table, "federated"),

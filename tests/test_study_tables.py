@@ -86,6 +86,16 @@ def test_verdicts_and_advice_are_those_of_the_records():
     assert verdicts_table([], entries) == advice_table([], entries) == ""
 
 
+def test_variants_are_judged_against_copra_too():
+    """A third variant, made as LoRA is: 2 higher alone, 4 lower fused. LoRA itself is left to the other table."""
+    whole = plan(learning_rate=[1e-2], variants=ONE_RATE.variants | {"late": {"p_start": 0.5}})
+    entries = {"headline": whole, "half_long": plan(max_steps=[8]), "smollm2": plan(model="a"), "clip": plan(model="b")}
+    head, _, *rows = verdicts_table(synthetic(whole), entries, "copra").splitlines()
+    assert head == "| claim, against CopRA | model | late − CopRA (tasks, seeds) | |"
+    assert rows[0] == "| an adapter alone is better | minilm, 4 steps | 2.0 [2.0, 2.0] (2, 3) | yes |"
+    assert rows[1] == "| two seeds, fused, are better | minilm, 4 steps | -4.0 [-4.0, -4.0] (2, 3) | no: worse |"
+
+
 def test_a_seed_that_not_every_task_has_does_not_count_yet():
     """An unfinished third seed: the means are those of the two that are whole."""
     made = [r for r in synthetic(ONE_RATE) if not (r.config["tasks"] == ["agnews"] and 2 in _seeds(r))]

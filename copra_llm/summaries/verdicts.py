@@ -9,10 +9,11 @@ Differences are those of the tables of `summaries.study`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from copra_llm.estimates import Estimate
+from copra_llm.figures.groups import NAMES
 from copra_llm.figures.study import OverTasks, against
 from copra_llm.portable import portable_name
 from copra_llm.protocols.comparisons import Comparison
@@ -22,8 +23,6 @@ from copra_llm.summaries.study import COLUMNS, Row, reference_of, rows_of
 
 JUDGED = ("headline", "half_long", "smollm2", "clip")
 """Entries of the plan with seeds enough for a verdict."""
-
-
 LEAST_SEEDS = 3
 """For a verdict."""
 
@@ -76,10 +75,18 @@ def verdict(difference: Estimate, larger: bool, seeds: int) -> str:
     return "yes" if (difference.low > 0.0) == larger else "no: worse"
 
 
-def verdicts_table(results: Iterable[Result], comparisons: Mapping[str, Comparison]) -> str:
-    """Markdown, a row a claim and model: each variant minus LoRA with its interval, and what that says."""
+def verdicts_table(
+    results: Iterable[Result], comparisons: Mapping[str, Comparison], reference: str = "lora"
+) -> str:
+    """Markdown, a row a claim and model: each variant minus a reference with its interval, and what that says.
+
+    Args:
+        results: of the study.
+        comparisons: the entries of its plan.
+        reference: a variant of all judged entries that has the place of LoRA, which is left out then.
+    """
     results, lines, variants = list(results), [], []
-    found = {name: dict(_differences(results, comparisons[name])) for name in JUDGED}
+    found = {name: _differences(results, comparisons[name], reference) for name in JUDGED}
     for name in JUDGED:
         variants += [variant for variant in found[name] if variant not in variants]
     for claim in CLAIMS:
@@ -87,8 +94,9 @@ def verdicts_table(results: Iterable[Result], comparisons: Mapping[str, Comparis
             cells = [_judged(found[name].get(variant, {}).get(claim.outcome), claim) for variant in variants]
             if any(difference for difference, _ in cells):
                 lines.append((claim.what, _label(name, comparisons), *(cell for pair in cells for cell in pair)))
-    heads = [head for variant in variants for head in ((f"{variant} − LoRA (tasks, seeds)",), ("",))]
-    return markdown_table([("claim, against LoRA",), ("model",), *heads], lines)
+    name = NAMES.get(reference, reference)
+    heads = [head for variant in variants for head in ((f"{variant} − {name} (tasks, seeds)",), ("",))]
+    return markdown_table([(f"claim, against {name}",), ("model",), *heads], lines)
 
 
 def advice_table(results: Iterable[Result], comparisons: Mapping[str, Comparison]) -> str:
@@ -97,7 +105,7 @@ def advice_table(results: Iterable[Result], comparisons: Mapping[str, Comparison
     Where none is, LoRA, which is the simplest.
     """
     results = list(results)
-    found = {name: dict(_differences(results, comparisons[name])) for name in JUDGED}
+    found = {name: _differences(results, comparisons[name], "lora") for name in JUDGED}
     names = [name for name in JUDGED if found[name]]
     lines = [(use, *(_advised(found[name], outcome) for name in names)) for use, outcome in USES.items()]
     heads = [(_label(name, comparisons),) for name in names]
@@ -112,13 +120,17 @@ def _label(name: str, comparisons: Mapping[str, Comparison]) -> str:
     return f"{model}, {steps} steps" if len(alike) > 1 else model
 
 
-def _differences(results: list[Result], comparison: Comparison) -> Iterator[tuple[str, dict[str, OverTasks]]]:
-    """Each variant of an entry, and its outcomes minus the reference's; levels of factors apart are left out."""
-    rows = [row for row in rows_of(results, comparison) if not row.cell.levels]
+def _differences(results: list[Result], comparison: Comparison, reference: str) -> dict[str, dict[str, OverTasks]]:
+    """Each variant of an entry -> its outcomes minus the reference's.
+
+    Levels of factors are left out, and so is the entry's own reference where another has its place.
+    """
+    rows, found = [row for row in rows_of(results, comparison) if not row.cell.levels], {}
     for row in rows:
-        other = reference_of(row, rows, comparison)
-        if other is not None:
-            yield row.cell.variant, _of_row(row, other)
+        other = reference_of(row, rows, replace(comparison, reference=reference))
+        if other is not None and row.cell.variant != comparison.reference:
+            found[row.cell.variant] = _of_row(row, other)
+    return found
 
 
 def _of_row(row: Row, other: Row) -> dict[str, OverTasks]:
