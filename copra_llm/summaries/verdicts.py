@@ -75,9 +75,7 @@ def verdict(difference: Estimate, larger: bool, seeds: int) -> str:
     return "yes" if (difference.low > 0.0) == larger else "no: worse"
 
 
-def verdicts_table(
-    results: Iterable[Result], comparisons: Mapping[str, Comparison], reference: str = "lora"
-) -> str:
+def verdicts_table(results: Iterable[Result], comparisons: Mapping[str, Comparison], reference: str = "lora") -> str:
     """Markdown, a row a claim and model: each variant minus a reference with its interval, and what that says.
 
     Args:
