@@ -227,6 +227,20 @@ def test_records_of_others_count_where_the_settings_are_the_same(study, tmp_path
     assert read_result(tmp_path / "results" / name) == same
 
 
+def test_a_record_whose_adapter_is_gone_stays_as_it_is(tmp_path, monkeypatch):
+    """What is trained for its adapter alone does not change what has been published."""
+    trainer, run = Trainer(), cells(PLAN)[0].run("sst2", 1e-2, 4)
+    monkeypatch.setattr(runs, "train_adapter", trainer)
+    store = Store(tmp_path / "results", tmp_path / "work", quiet)
+    published = record(run, dev=33.0)
+    write_result(store.record_file(run), published)
+    assert store.train(run) == published and not trainer.done
+    assert store.train(run, adapter_wanted=True) == published and len(trainer.done) == 1
+    assert store.has_adapter(run) and read_result(store.record_file(run)) == published
+    store.train(run, adapter_wanted=True)
+    assert len(trainer.done) == 1
+
+
 def test_a_record_of_other_settings_is_not_taken_for_the_plans(study):
     study()
     with pytest.raises(InputError, match="another lora_r than the plan has"):

@@ -76,14 +76,20 @@ class Store:
         return self.work / run.place / run.name
 
     def train(self, run: Run, adapter_wanted: bool = False) -> Result:
-        """A run's record, from disk if it is there (with its adapter beside the work, where that is wanted)."""
+        """A run's record, from disk if it is there (with its adapter beside the work, where that is wanted).
+
+        A record that is there stays as it is, also where its adapter is gone and trained again: on another processor
+        that is another adapter, by rounding, and other records beside this one are of the first.
+        """
         record = self.record_file(run)
         self.borrow(record, run)
-        if not record.is_file() or (adapter_wanted and not self.has_adapter(run)):
+        if not record.is_file():
             result = self._train(run)
             write_result(record, portable(result, run.variant))
             task = run.config.data.tasks[0]
             self.say(f"{record}: dev {result.metrics[f'dev/{task}/accuracy']:.1f} in {result.seconds:.0f} s")
+        elif adapter_wanted:
+            self.keep_adapter(run)
         return read_result(record)
 
     def record_file(self, run: Run, name: str | None = None) -> Path:
@@ -103,13 +109,16 @@ class Store:
         """Whether a run's adapter has been kept."""
         return (self.folder(run) / ADAPTER).is_dir()
 
-    def adapter(self, run: Run) -> AdapterWeights:
-        """A run's adapter; trained, without a record among the results, if it is not there."""
-        folder = self.folder(run)
+    def keep_adapter(self, run: Run) -> None:
+        """See to it that a run's adapter is there; where it is not, train it without a record among the results."""
         if not self.has_adapter(run):
-            self.say(f"{folder}: no adapter there, training one")
+            self.say(f"{self.folder(run)}: no adapter there, training one")
             self._train(run)
-        return load_adapter_weights(folder)
+
+    def adapter(self, run: Run) -> AdapterWeights:
+        """A run's adapter; trained, if it is not there."""
+        self.keep_adapter(run)
+        return load_adapter_weights(self.folder(run))
 
     def checkpoints(self, run: Run, steps: Sequence[int]) -> list[AdapterWeights]:
         """A run's adapters after some of its steps; trained if they were not kept.

@@ -185,7 +185,7 @@ def measured(store: Store, comparison: Comparison, run: Run, seed: int) -> None:
 
 def kept(store: Store, run: Run) -> None:
     """See to it that a run's adapter is there."""
-    store.adapter(run)
+    store.keep_adapter(run)
 
 
 def group_runs(store: Store, comparison: Comparison, wanted: list[Cell], seed: int, data_root: str | None) -> list[Run]:
