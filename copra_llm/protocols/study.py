@@ -103,7 +103,11 @@ def waves(store: Store, whole: Comparison, selection: Selection, data_root: str 
         ]
         # Groups share tasks: what one adapter is missing is trained once, and not by several of them at a time.
         singles = {store.folder(single): single for run in groups for single in singles_of(run).values()}
-        yield [Job(f"{s.place}/{s.name}", kept, (store, s)) for s in singles.values() if not store.has_adapter(s)]
+        yield [
+            Job(f"{s.place}/{s.name}", Store.keep_adapter, (store, s))
+            for s in singles.values()
+            if not store.has_adapter(s)
+        ]
         yield [Job(f"{run.place}/{run.name}", merged_tasks, (store, whole, run)) for run in groups]
 
 
@@ -181,11 +185,6 @@ def measured(store: Store, comparison: Comparison, run: Run, seed: int) -> None:
         layer_values_of(store, run, [seed], comparison.shapley_samples)
     if distance_file(store, own) in missing:
         _measure_distance(store, own)
-
-
-def kept(store: Store, run: Run) -> None:
-    """See to it that a run's adapter is there."""
-    store.keep_adapter(run)
 
 
 def group_runs(store: Store, comparison: Comparison, wanted: list[Cell], seed: int, data_root: str | None) -> list[Run]:

@@ -124,8 +124,9 @@ def _differences(results: list[Result], comparison: Comparison, reference: str) 
     Levels of factors are left out, and so is the entry's own reference where another has its place.
     """
     rows, found = [row for row in rows_of(results, comparison) if not row.cell.levels], {}
+    referred = replace(comparison, reference=reference)
     for row in rows:
-        other = reference_of(row, rows, replace(comparison, reference=reference))
+        other = reference_of(row, rows, referred)
         if other is not None and row.cell.variant != comparison.reference:
             found[row.cell.variant] = _of_row(row, other)
     return found
