@@ -46,7 +46,14 @@ from copra_llm.summaries.speed import (
     profile_table,
     step_counts_table,
 )
-from copra_llm.summaries.study import against_table, means_table, progress_table, stability_table, tasks_table
+from copra_llm.summaries.study import (
+    against_table,
+    levels_table,
+    means_table,
+    progress_table,
+    stability_table,
+    tasks_table,
+)
 from copra_llm.summaries.sweep import along_table, schedules_table, sweep_table
 from copra_llm.summaries.together import federated_table, multitask_details, multitask_table
 from copra_llm.summaries.verdicts import advice_table, verdicts_table
@@ -140,6 +147,7 @@ STUDIED = (
     "granularity",
     "ways",
     "factors",
+    "initialisation",
 )
 """Entries of eval/study's plan, in the order of its page."""
 TABLES = {
@@ -202,6 +210,9 @@ PAGES = {
         **{f"{name}_against": (of_study(name, against_table), "study") for name in STUDIED},
         "headline_fused": (of_study("headline", tasks_table("fusion")), "study"),
         "headline_single": (of_study("headline", tasks_table("single")), "study"),
+        "fifteen_single": (of_study("fifteen", tasks_table("single")), "study"),
+        "fifteen_low": (of_study("fifteen", tasks_table("pruned low")), "study"),
+        **{f"{name}_levels": (of_study(name, levels_table), "study") for name in ("factors", "initialisation")},
         "progress": (of_whole_study(progress_table), "study"),
         "verdicts": (of_whole_study(verdicts_table), "study"),
         "schedules_verdicts": (of_whole_study(functools.partial(verdicts_table, reference="copra")), "study"),

@@ -15,7 +15,14 @@ from copra_llm.figures.study import against, outcomes, over_tasks
 from copra_llm.protocols import runs
 from copra_llm.protocols.comparisons import Comparison, cells
 from copra_llm.results import Result
-from copra_llm.summaries.study import SCREENING, against_table, means_table, progress_table, tasks_table
+from copra_llm.summaries.study import (
+    SCREENING,
+    against_table,
+    levels_table,
+    means_table,
+    progress_table,
+    tasks_table,
+)
 from copra_llm.summaries.verdicts import advice_table, verdict, verdicts_table
 
 
@@ -29,12 +36,15 @@ def line_of(run, pair: tuple[int, int], single: float, fused: float) -> Result:
 
 
 def synthetic(whole: Comparison) -> list[Result]:
-    """LoRA: 80 and 60 on the two tasks, fused 10 less; CopRA: 2 less, fused 4 less than that. Seeds do not differ."""
+    """LoRA: 80 and 60 on the two tasks, fused 10 less; CopRA: 2 less, fused 4 less than that; 3 more at a factor's level.
+
+    Seeds do not differ.
+    """
     records = []
     for cell, (task, level) in itertools.product(cells(whole), (("sst2", 80.0), ("agnews", 60.0))):
         copra = cell.variant == "copra"
         run = cell.run(task, 1e-2, 4)
-        single, drop = level - 2 * copra, 4.0 if copra else 10.0
+        single, drop = level - 2 * copra + 3 * len(cell.levels), 4.0 if copra else 10.0
         records += [record(run.replace(seed=seed), 50.0, single) for seed in whole.seeds]
         records += [line_of(run, pair, single, single - drop) for pair in itertools.combinations(whole.seeds, 2)]
     return records
@@ -121,6 +131,17 @@ def test_untuned_rows_are_compared_at_equal_settings_and_screening_says_so():
     text = against_table(made, whole)
     assert text.startswith(SCREENING) and text.count("| copra |") == 1
     assert not means_table(made, ONE_RATE).startswith(SCREENING)
+
+
+def test_a_factors_level_is_compared_with_the_variant_as_it_is_and_with_lora_at_the_level():
+    whole = plan(learning_rate=[1e-2], factors={"rank": {"r8": {"lora_r": 8}}})
+    made = synthetic(whole)
+    assert [line.split(" | ")[::3] for line in levels_table(made, whole).splitlines()[2:]] == [
+        ["| lora-r8", "3.0 [3.0, 3.0]", "0.0 [0.0, 0.0] |"],
+        ["| copra-r8", "3.0 [3.0, 3.0]", "0.0 [0.0, 0.0] |"],
+    ]
+    assert "| copra-r8 | 0.01, 4 | 2, 3 | -2.0 [-2.0, -2.0] |" in against_table(made, whole)
+    assert levels_table(synthetic(ONE_RATE), ONE_RATE) == ""
 
 
 def test_what_has_nothing_in_common_is_not_compared():

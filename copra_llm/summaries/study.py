@@ -79,10 +79,26 @@ def means_table(results: Iterable[Result], comparison: Comparison) -> str:
 
 def against_table(results: Iterable[Result], comparison: Comparison) -> str:
     """Markdown, a row a cell: every outcome minus the reference's at the same levels, with 95 % intervals."""
+    name = "LoRA" if comparison.reference == "lora" else comparison.reference
+    return _differences_table(results, comparison, f"minus {name}", reference_of)
+
+
+def levels_table(results: Iterable[Result], comparison: Comparison) -> str:
+    """Markdown, a row a cell that a factor changes: every outcome minus the same variant's as it is, with intervals."""
+    return _differences_table(results, comparison, "minus the same as it is", unchanged_of)
+
+
+def _differences_table(
+    results: Iterable[Result],
+    comparison: Comparison,
+    head: str,
+    other_of: Callable[[Row, Iterable[Row], Comparison], Row | None],
+) -> str:
+    """A row a cell for which `other_of` names another: every outcome minus that one's on the same seeds and tasks."""
     rows = rows_of(results, comparison)
     lines = []
     for row in rows:
-        other = reference_of(row, rows, comparison)
+        other = other_of(row, rows, comparison)
         if other is None:
             continue
         ours, theirs = row.outcomes, other.outcomes
@@ -90,8 +106,7 @@ def against_table(results: Iterable[Result], comparison: Comparison) -> str:
         single = differences.get("single")
         counts = None if single is None else f"{len(single.tasks)}, {len(single.seeds)}"
         lines.append((row.cell.name, row.settings, counts, *(_estimate(differences.get(name)) for name in COLUMNS)))
-    name = "LoRA" if comparison.reference == "lora" else comparison.reference
-    columns = [(f"minus {name}",), ("lr, steps",), ("tasks, seeds",), *COLUMNS.values()]
+    columns = [(head,), ("lr, steps",), ("tasks, seeds",), *COLUMNS.values()]
     return _shown(columns, lines, comparison)
 
 
@@ -176,10 +191,24 @@ def reference_of(row: Row, rows: Iterable[Row], comparison: Comparison) -> Row |
 
     None if it is not there, or the row is it.
     """
-    like = [o for o in rows if o.cell.variant == comparison.reference and o.cell.levels == row.cell.levels]
+    if row.cell.variant == comparison.reference:
+        return None
+    return _alike(row, (o for o in rows if o.cell.variant == comparison.reference), row.cell.levels, comparison)
+
+
+def unchanged_of(row: Row, rows: Iterable[Row], comparison: Comparison) -> Row | None:
+    """The row of the same variant at no factor's level; None if it is not there, or the row is it."""
+    if not row.cell.levels:
+        return None
+    return _alike(row, (o for o in rows if o.cell.variant == row.cell.variant), (), comparison)
+
+
+def _alike(row: Row, others: Iterable[Row], levels: tuple[str, ...], comparison: Comparison) -> Row | None:
+    """The one at these levels; untuned, where there may be several, at the settings of `row`."""
+    like = [o for o in others if o.cell.levels == levels]
     if comparison.tune == "none" and len(like) > 1:
         like = [o for o in like if o.settings == row.settings]
-    return like[0] if like and row.cell.variant != comparison.reference else None
+    return like[0] if like else None
 
 
 def _trained(known: dict[tuple, list[Result]]) -> Callable[[Run], Result | None]:
