@@ -36,9 +36,9 @@ def line_of(run, pair: tuple[int, int], single: float, fused: float) -> Result:
 
 
 def synthetic(whole: Comparison) -> list[Result]:
-    """LoRA: 80 and 60 on the two tasks, fused 10 less; CopRA: 2 less, fused 4 less than that; 3 more at a factor's level.
+    """LoRA: 80 and 60 on the two tasks, fused 10 less; CopRA: 2 less, fused 4 less than that.
 
-    Seeds do not differ.
+    At a factor's level 3 more. Seeds do not differ.
     """
     records = []
     for cell, (task, level) in itertools.product(cells(whole), (("sst2", 80.0), ("agnews", 60.0))):
