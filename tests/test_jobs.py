@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from copra_llm.errors import InputError
-from copra_llm.protocols.jobs import Job, _span, run_jobs
+from copra_llm.protocols import jobs as jobs_module
+from copra_llm.protocols.jobs import Job, Workers, _span, run_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +44,23 @@ def test_one_worker_is_this_process_and_two_are_others_that_share_the_threads():
     assert {pid for _, pid, _ in alone} == {os.getpid()}
     assert os.getpid() not in {pid for _, pid, _ in both}
     assert {threads for *_, threads in both} == {max(1, len(os.sched_getaffinity(0)) // 2)}
+
+
+def test_a_second_list_of_jobs_finds_the_workers_that_the_first_has_started(monkeypatch):
+    """And of more than one job alone: a single one is done in this process, by which no worker is started."""
+    started, pool = [], jobs_module.ProcessPoolExecutor
+
+    def start(*args, **kwargs):
+        started.append(args)
+        return pool(*args, **kwargs)
+
+    monkeypatch.setattr(jobs_module, "ProcessPoolExecutor", start)
+    with Workers(2) as workers:
+        assert [pid for _, pid, _ in workers.run([Job("", square, (1,))], lambda text: None)] == [os.getpid()]
+        assert not started
+        lists = [workers.run([Job("", square, (x,)) for x in range(4)], lambda text: None) for _ in range(2)]
+    assert len(started) == 1
+    assert len({pid for values in lists for _, pid, _ in values}) <= 2
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,33 +36,79 @@ def run_jobs(
     say: Callable[[str], None] = print,
     failed: Callable[[Job, Exception], None] | None = None,
 ) -> list[Any]:
-    """Do all jobs; what they return, in their order.
-
-    Args:
-        jobs: independent of each other.
-        workers: processes side by side; 1: this process; None: one a GPU, or one a CPU core where there is none.
-        say: reports each finished job with the time left.
-        failed: told of a job that has failed; unless it raises, the others go on, and None stands for what the job
-            would have returned. None: the first failure ends all.
+    """Do all jobs; what they return, in their order. The arguments are those of `Workers` and its `run`.
 
     Raises:
         InputError: if a job's input is wrong, or `workers` is not positive. Jobs in progress are ended.
     """
-    workers = default_workers() if workers is None else workers
-    if workers < 1:
-        raise InputError(f"--workers is {workers}, but must be at least 1")
-    report = _Report(len(jobs), say, failed)
-    if workers == 1 or len(jobs) < 2:
-        return [report.done(job, lambda job=job: job.function(*job.arguments)) for job in jobs]
-    context = multiprocessing.get_context("spawn")
-    places, stopping = context.Queue(), context.Event()
-    for place in range(workers):
-        places.put(place)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(places, stopping, workers))
-    with pool, _ending_workers(pool, stopping):
+    with Workers(workers) as own:
+        return own.run(jobs, say, failed)
+
+
+class Workers:
+    """Processes that do jobs side by side, list after list; they start with the first list that needs them.
+
+    Leaving the context ends them; with an error, or at SIGTERM, jobs in progress are asked to stop (SIGTERM) and jobs
+    that wait are dropped. Starting costs each some seconds of imports, which short lists would pay again and again.
+
+    Args:
+        count: processes side by side; 1: this process; None: one a GPU, or one a CPU core where there is none.
+
+    Raises:
+        InputError: if `count` is not positive.
+    """
+
+    def __init__(self, count: int | None = None):
+        self.count = default_workers() if count is None else count
+        if self.count < 1:
+            raise InputError(f"--workers is {self.count}, but must be at least 1")
+        self._open, self._pool = ExitStack(), None
+
+    def __enter__(self) -> Workers:
+        self._open.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._open.__exit__(*error)
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        say: Callable[[str], None] = print,
+        failed: Callable[[Job, Exception], None] | None = None,
+    ) -> list[Any]:
+        """Do all jobs; what they return, in their order.
+
+        Args:
+            jobs: independent of each other.
+            say: reports each finished job with the time left.
+            failed: told of a job that has failed; unless it raises, the others go on, and None stands for what the job
+                would have returned. None: the first failure ends all.
+
+        Raises:
+            InputError: if a job's input is wrong.
+        """
+        report = _Report(len(jobs), say, failed)
+        if self.count == 1 or len(jobs) < 2:
+            return [report.done(job, lambda job=job: job.function(*job.arguments)) for job in jobs]
+        pool = self._started()
         futures = {pool.submit(_do, job): job for job in jobs}
         values = {id(futures[future]): report.done(futures[future], future.result) for future in as_completed(futures)}
-    return [values[id(job)] for job in jobs]
+        return [values[id(job)] for job in jobs]
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            places, stopping = context.Queue(), context.Event()
+            for place in range(self.count):
+                places.put(place)
+            self._pool = self._open.enter_context(
+                ProcessPoolExecutor(
+                    self.count, mp_context=context, initializer=_settle, initargs=(places, stopping, self.count)
+                )
+            )
+            self._open.enter_context(_ending_workers(self._pool, stopping))
+        return self._pool
 
 
 def default_workers() -> int:

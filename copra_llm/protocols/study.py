@@ -30,7 +30,7 @@ from copra_llm.errors import InputError
 from copra_llm.evaluate import Evaluation
 from copra_llm.evaluator import AdapterEvaluator
 from copra_llm.protocols.comparisons import Cell, Comparison, Selection, cells, chosen_runs, tuning_runs
-from copra_llm.protocols.jobs import Job, run_jobs
+from copra_llm.protocols.jobs import Job, Workers
 from copra_llm.protocols.layer_values import record_file as values_file
 from copra_llm.protocols.multitask import merged_record
 from copra_llm.protocols.plans import merge_rules
@@ -73,12 +73,13 @@ def run_study(
     selection = selection or Selection()
     selection.check(list(comparisons.values()))
     store, failures = Store(results, work, say, others), _Failures(say)
-    for name, whole in comparisons.items():
-        for place, jobs in enumerate(filter(None, waves(store, whole, selection, data_root))):
-            if place == 0:
-                _check_data(whole, selection, data_root)
-            say(f"{name}: {len(jobs)} cells")
-            run_jobs(jobs, workers, say, failures.add)
+    with Workers(workers) as side_by_side:
+        for name, whole in comparisons.items():
+            for place, jobs in enumerate(filter(None, waves(store, whole, selection, data_root))):
+                if place == 0:
+                    _check_data(whole, selection, data_root)
+                say(f"{name}: {len(jobs)} cells")
+                side_by_side.run(jobs, say, failures.add)
     failures.report()
 
 
