@@ -30,7 +30,7 @@ from copra_llm.interpolate import line
 from copra_llm.layerwise import layerwise_record
 from copra_llm.plane import plane_record
 from copra_llm.portable import portable_name
-from copra_llm.protocols.jobs import Job, run_jobs
+from copra_llm.protocols.jobs import Job, Workers
 from copra_llm.protocols.plans import check_runs, need_entries
 from copra_llm.protocols.runs import Run, Store, portable
 from copra_llm.results import read_result, write_result
@@ -104,13 +104,14 @@ def run_plan(
         for task in plan.tasks if task in plan.train_tasks
         for method, rate, seed in itertools.product(plan.methods, plan.learning_rate, plan.seeds)
     ]  # fmt: skip
-    run_jobs([Job(f"{run.place / run.name}", store.train, (run, True)) for run in wanted], workers, say)
-    jobs = []
-    for task, method in itertools.product(plan.tasks, plan.methods):
-        chosen = best_on_dev(repeated_runs(runs / place / task / method, plan.seeds), task)
-        folder = results / place / task / method
-        jobs.append(Job(f"{folder}", interpolate_seeds, (chosen, folder, task, plan, data_root, say)))
-    run_jobs(jobs, workers, say)
+    with Workers(workers) as side_by_side:
+        side_by_side.run([Job(f"{run.place / run.name}", store.train, (run, True)) for run in wanted], say)
+        jobs = []
+        for task, method in itertools.product(plan.tasks, plan.methods):
+            chosen = best_on_dev(repeated_runs(runs / place / task / method, plan.seeds), task)
+            folder = results / place / task / method
+            jobs.append(Job(f"{folder}", interpolate_seeds, (chosen, folder, task, plan, data_root, say)))
+        side_by_side.run(jobs, say)
     for task, on in itertools.product(plan.tasks, KINDS):
         compare(find_runs(runs / place / task), results / place / task / f"similarity-{on}.json", on, say)
 

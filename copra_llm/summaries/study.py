@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from copra_llm.estimates import Estimate, seed_estimate
 from copra_llm.figures.groups import model_of, steps_of, tasks_of
@@ -57,8 +58,9 @@ class Row:
     """As it is shown; "tuned for each task" where tasks have their own."""
     records: list[Result] = field(default_factory=list)
 
-    @property
+    @cached_property
     def outcomes(self) -> Outcomes:
+        """Of all records; ask when they are complete."""
         return outcomes(self.records)
 
 
